@@ -107,9 +107,9 @@ def format_number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def write_section(name: str, rows: list[str]) -> None:
-    """Write rows into section `name` of docs/benchmarks.md."""
-    page = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+def write_section(name: str, rows: list[str], page_name: str = "benchmarks.md") -> None:
+    """Write rows into section `name` of a page in docs/."""
+    page = Path(__file__).parents[1] / "docs" / page_name
     page.write_text(replace_section(page.read_text("utf-8"), name, rows), encoding="utf-8")
 
 

@@ -48,7 +48,7 @@ def train(cfg: DictConfig) -> float | list[float] | None:
 def _job(cfg: DictConfig, run_dir: Path, sweep: bool) -> float | list[float]:
     from dreambooth.cloud import secrets
     from dreambooth.config.recipe import resolve
-    from dreambooth.data.photos import conversion_mark
+    from dreambooth.data.index.file_hashes import conversion_mark
     from dreambooth.runs import remote_mirror
     from dreambooth.runs.run_folder import remove_hydra_record, remove_if_unused
     from dreambooth.storage import run_inputs

@@ -11,8 +11,7 @@ encodes images with the VAE; it runs in the thread of the training loop.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from hashlib import sha256
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -20,9 +19,10 @@ from torch import Tensor
 
 from dreambooth.data import masks
 from dreambooth.data.aspect_buckets import Size
-from dreambooth.data.bucket_schedule import bucket_at
-from dreambooth.data.latent_cache import LatentStore, Moments, ReadRows
+from dreambooth.data.index.ordered_map import available_threads, ordered_map
+from dreambooth.data.latent_cache import LatentStore, Moments, ReadRows, rows_per_file
 from dreambooth.data.noise import draw_noise
+from dreambooth.data.photo_set import PhotoSet, View
 from dreambooth.data.photos import Photo, crop_position, crop_to_size, to_model_range
 from dreambooth.data.step_shares import StepShares
 from dreambooth.utils import rng
@@ -104,63 +104,6 @@ def join_batches(parts: Sequence[Batch]) -> Batch:
     return Batch(latents, noise, timesteps, text, first.num_instances, mask, None, crop, noisy, target)
 
 
-@dataclass(frozen=True)
-class View:
-    """One random view of a photo: the index of the photo, the flip, the crop, and whether the prompt is dropped."""
-
-    photo: int  # index into PhotoSet.photos
-    flip: bool  # mirror the photo left to right
-    crop: tuple[float, float] | None  # offsets (vertical, horizontal) in [0, 1), see `crop_to_size`; None: the centre
-    drop_prompt: bool = False  # use the empty prompt instead of the caption
-
-
-@dataclass(frozen=True)
-class PhotoSet:
-    """The instance photos or the class images of a run, and the settings for drawing samples from them."""
-
-    name: str  # "instance" or "class": part of the key of every random stream, so that the two sets differ
-    photos: Sequence[Photo]
-    center_crop: bool
-    random_flip: bool
-    repeats: Sequence[int] | None = None  # how often each photo is used per epoch; None: each photo once
-    prompt_dropout: float = 0.0  # probability of the empty prompt
-
-    def view(self, seed: int, step: int, index: int, batch: int) -> View:
-        """Return the View (photo, flip, crop) that sample `index` of a step uses.
-
-        An epoch contains each photo as often as `repeats` says. Each epoch has a new random order of the photos. All
-        photos of this set that a step uses have the same size.
-
-        Args:
-            batch: number of samples of this set per step, over all micro-batches and processes.
-        """
-        bucket, steps = bucket_at([len(photos) for photos in self._rounds.values()], step, seed, self.name)
-        size, photos = list(self._rounds.items())[bucket]
-        epoch, position = divmod(steps * batch + index, len(photos))
-        order = rng.permutation(len(photos), seed, epoch, self.name, "order", *(size or ()))
-        generator = rng.stream(seed, step, index, self.name, "view")
-        up, left, mirror = generator.random(3)
-        # "untold" names the random stream: another name would change which prompts existing runs drop.
-        dropout = rng.stream(seed, step, index, self.name, "untold").random() if self.prompt_dropout else 1.0
-        return View(
-            photo=photos[order[position]],
-            flip=self.random_flip and bool(mirror < 0.5),
-            crop=None if self.center_crop else (float(up), float(left)),
-            drop_prompt=dropout < self.prompt_dropout,
-        )
-
-    @cached_property
-    def _rounds(self) -> dict[Size | None, list[int]]:
-        """Dictionary from bucket size to the indices of the bucket's photos in one epoch.
-
-        The index of a photo occurs as often as the photo is used per epoch.
-        """
-        rounds: dict[Size | None, list[int]] = {}
-        for number, (photo, times) in enumerate(zip(self.photos, self.repeats or [1] * len(self.photos), strict=True)):
-            rounds.setdefault(photo.size, []).extend([number] * times)
-        return rounds
-
-
 def encode_batch_size(resolution: int) -> int:
     """Return the number of photos per call of the VAE: 1 to 16, with at most about a million pixels in all."""
     return max(1, min(16, 2**20 // resolution**2))
@@ -207,15 +150,17 @@ class Latents:
                  for flip in ((False, True) if photo_set.random_flip else (False,))]
         self._rows |= {(photo_set.name, view.photo, view.flip): row for row, view in enumerate(views)}
 
-        def encode_chunks() -> Iterator[Moments]:
-            for start in range(0, len(views), size):
-                chunk = views[start:start + size]
-                yield self.encode(self.pixels(photo_set, chunk))
+        def encode_chunks(rows: range) -> Iterator[Moments]:
+            chunks = [views[start:min(start + size, rows.stop)] for start in range(rows.start, rows.stop, size)]
+            threads = min(2, len(chunks), available_threads())  # the next images are prepared meanwhile
+            images = ordered_map(partial(self.pixels, photo_set), chunks, threads)
+            for chunk, pixels in zip(chunks, images, strict=True):
+                yield self.encode(pixels)
                 tick(len(chunk))
 
-        content = [f"{shape or self.resolution}", *(
-            sha256(photo_set.photos[v.photo].pixels.tobytes()).hexdigest() + str(v.flip) for v in views)]
-        self._cached[photo_set.name, shape] = self.store(content, encode_chunks)
+        content = [photo_set.photos[view.photo].digest + str(view.flip) for view in views]
+        self._cached[photo_set.name, shape] = self.store(
+            f"{shape or self.resolution}", content, encode_chunks, rows_per_file(size, self.resolution))
 
     @property
     def cached(self) -> bool:
@@ -324,11 +269,11 @@ class Batches:
 
         Return None if no photo of the set has a mask. Otherwise all weights of a photo without a mask are 1.
         """
+        if not photo_set.has_masks:
+            return None
         photos = [photo_set.photos[view.photo] for view in views]
         crops = [None if photo.mask is None else crop_to_size(photo.mask, self.latents.size(photo), v.crop, v.flip)
                  for v, photo in zip(views, photos, strict=True)]
-        if all(photo.mask is None for photo in photo_set.photos):
-            return None
         ones = np.ones(self.latent_shape_of(photos[0])[1:], dtype=np.float32)
         weights = [ones if crop is None else masks.downscale_to_latents(crop, self._scale) for crop in crops]
         return torch.from_numpy(np.stack(weights)).unsqueeze(1).to(self.dtype)

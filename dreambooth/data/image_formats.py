@@ -3,6 +3,10 @@
 Pillow is imported inside functions, because a config resolver imports this file.
 """
 
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -15,8 +19,35 @@ RAW_SUFFIXES = {".3fr", ".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw", ".orf", 
 _BRANDS = {b"he": "HEIC", b"mi": "HEIC", b"ms": "HEIC", b"av": "AVIF"}  # start of an ISO brand: heic, mif1, msf1, avif
 
 
+_without_warnings = ExitStack()  # entered while at least one thread decodes a photo
+_decoding_threads = 0
+_lock = threading.Lock()
+
+
 class UnusablePhoto(Exception):
     """Raised for a photo that cannot be used. The message completes a sentence that starts with the file name."""
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Context manager in which no warnings are shown. Several threads may use it at the same time.
+
+    The filters of warnings belong to the whole process. With `warnings.catch_warnings` in each of several threads, the
+    last thread could restore filters that another thread had set.
+    """
+    global _decoding_threads
+    with _lock:
+        if not _decoding_threads:
+            _without_warnings.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+        _decoding_threads += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _decoding_threads -= 1
+            if not _decoding_threads:
+                _without_warnings.close()
 
 
 @cache

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from dreambooth.data import aspect_buckets
-from dreambooth.data.photos import Photo, crop_to_size
+from dreambooth.data.index.ordered_map import ordered_map
+from dreambooth.data.photos import Facts, Photo, crop_to_size
 
 if TYPE_CHECKING:
-    from imagehash import ImageHash
     from PIL import Image
 
 MAX_ENLARGEMENT = 4  # a photo that is enlarged by more has less than a quarter of the resolution
@@ -51,19 +52,18 @@ def find_faults(photos: Sequence[Photo], resolution: int) -> list[Finding]:
         findings += [Finding("file", (number,), f"{photo.path.name} {remark}") for remark in photo.remarks]
         findings += [Finding(kind, (number,), sentence)
                      for kind, sentence in _size_warnings(photo, photo.size or (resolution, resolution))]
-    crops = [grey_crop(photo, resolution) for photo in photos]
-    with_contrast = {number: crop for number, crop in enumerate(crops) if has_contrast(crop)}
+    facts = list(ordered_map(partial(measure, resolution=resolution), photos))
     findings += [Finding("contrast", (number,), f"{photo.path.name} has almost no contrast: take another one, because "
                          "nothing can be seen in it")
-                 for number, photo in enumerate(photos) if number not in with_contrast]
+                 for number, photo in enumerate(photos) if not facts[number].contrast]
     findings += [Finding("blurred", (number,), f"{photos[number].path.name} is blurred: take a sharp one, because blur "
                          "is learned too")
-                 for number, crop in with_contrast.items()
-                 if enlargement(photos[number]) <= MAX_ENLARGEMENT and detail(crop) < MIN_DETAIL]
+                 for number, photo in enumerate(photos) if enlargement(photo) <= MAX_ENLARGEMENT
+                 and (of_photo := facts[number].detail) is not None and of_photo < MIN_DETAIL]
     if find_spec("imagehash") is None:  # after an update of the code alone
         return [*findings, Finding("package", (), "photos that look alike are not found without a package: type pip "
                                    "install imagehash")]
-    for group in _groups_alike(perceptual_hashes(with_contrast)):
+    for group in _groups_alike({number: one.hash for number, one in enumerate(facts) if one.hash is not None}):
         names = join_names([photos[number].path.name for number in group])
         findings.append(Finding("alike", tuple(group), f"{names} look alike: keep one of them, because a photo that is "
                                 "used more often is memorised"))
@@ -94,6 +94,22 @@ def _size_warnings(photo: Photo, size: aspect_buckets.Size) -> Iterator[tuple[st
                           "crop it around the subject" + ("" if photo.size else ", or type dataset.buckets=true"))
 
 
+def measure(photo: Photo, resolution: int) -> Facts:
+    """Return the facts about a photo's pixels, which are measured unless the photo has them already.
+
+    Args:
+        resolution: side of the square crop in pixels; used for photos without an aspect-ratio bucket.
+    """
+    if photo.facts:
+        return photo.facts
+    grey = grey_crop(photo, resolution)
+    contrast = has_contrast(grey)
+    mask = None if photo.mask is None else crop_to_size(photo.mask, photo.size or (resolution, resolution), None, False)
+    hashed = contrast and find_spec("imagehash") is not None
+    return Facts(photo.digest, contrast, detail(grey) if contrast else None, perceptual_hash(grey) if hashed else None,
+                 mask is None or bool(mask.any()))
+
+
 def grey_crop(photo: Photo, resolution: int) -> Image.Image:
     """Return the central crop of a photo that is trained on, as a grey image of 8 bits."""
     from PIL import Image
@@ -121,24 +137,28 @@ def detail(grey: Image.Image) -> float:
     return float(laplacian.var() / max(pixels.var(), 1e-9))
 
 
-def perceptual_hashes(crops: Mapping[int, Image.Image]) -> dict[int, ImageHash]:
-    """Return the perceptual hash of each grey image: pHash, 64 bits (Zauner 2010)."""
+def perceptual_hash(crop: Image.Image) -> int:
+    """Return the perceptual hash of a grey image: pHash, a number of 64 bits (Zauner 2010)."""
     import imagehash
+    import numpy as np
 
-    return {number: imagehash.phash(crop) for number, crop in crops.items()}
+    return int.from_bytes(np.packbits(imagehash.phash(crop).hash).tobytes(), "big")
 
 
-def _groups_alike(all_hashes: Mapping[int, ImageHash]) -> list[list[int]]:
-    """Return groups of two or more images, as keys of `all_hashes`. Each image looks like the first one of its group.
+def _groups_alike(hashes: Mapping[int, int]) -> list[list[int]]:
+    """Return groups of two or more images, as keys of `hashes`. Each image looks like the first one of its group.
+
+    Every image is compared with every other, 64 bits at a time: 10,000 images take a tenth of a second.
     """
-    hashes = dict(all_hashes)
-    groups: list[list[int]] = []
-    while hashes:
-        first = next(iter(hashes.values()))
-        group = [number for number, other in hashes.items() if first - other <= MAX_HASH_DISTANCE]
-        for number in group:
-            del hashes[number]
-        if len(group) > 1:
-            groups.append(group)
-    return groups
+    import numpy as np
 
+    numbers, values = np.array(list(hashes), dtype=np.int64), np.array(list(hashes.values()), dtype=np.uint64)
+    groups: list[list[int]] = []
+    while len(values):
+        alike = np.bitwise_count(values ^ values[0]) <= MAX_HASH_DISTANCE
+        if alike.sum() > 1:
+            groups.append(numbers[alike].tolist())
+            numbers, values = numbers[~alike], values[~alike]
+        else:
+            numbers, values = numbers[1:], values[1:]
+    return groups

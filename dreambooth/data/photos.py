@@ -1,24 +1,25 @@
 """Loads a folder of photos as RGB pixels with captions. No other file decodes photos. Imports no torch.
 
-A photo is decoded once, turned upright, and converted to 8-bit sRGB; transparent parts become white. The photo is then
+A photo is decoded, turned upright, and converted to 8-bit sRGB; transparent parts become white. The photo is then
 resized so that its short side equals the resolution, or so that it just covers its aspect-ratio bucket. Crops and flips
 are applied each time a sample uses the photo (`crop_to_size`). Pillow and numpy are imported inside functions, because
-a config resolver imports this file for `fingerprint`.
+a config resolver imports this file to list photos.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreambooth.data import aspect_buckets, captions, color_profiles, image_formats, masks
 from dreambooth.data.image_formats import UnusablePhoto
+from dreambooth.data.index.ordered_map import ordered_map
 from dreambooth.errors import UserError
 from dreambooth.utils import quoting
 from dreambooth.utils.plurals import counted
@@ -28,13 +29,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
+    from dreambooth.data.index.pixel_store import StoredPixels
+
+    PixelArray = NDArray[np.uint8] | StoredPixels
     # pixels, bucket, mask, original size, remarks
     Decoded = tuple[NDArray[np.uint8], aspect_buckets.Size | None, NDArray[np.uint8] | None, aspect_buckets.Size,
                     tuple[str, ...]]
 
 MIN_BRIGHTEST = 64  # of 255: a photo of 16 bits per channel without a brighter pixel has fewer bits, such as 12 or 14
 MAX_PIXELS = 178_956_970  # Pillow refuses a larger image as a decompression bomb
-NO_FINGERPRINT = "0" * 64  # fingerprint of a folder that has no photos, or an unreadable file
 
 IGNORED_NAMES = {"thumbs.db", "desktop.ini", "__macosx"}  # files and folders of file managers, in lower case
 _NOT_PHOTOS = {*IGNORED_NAMES, *captions.TEXT_SUFFIXES, *captions.METADATA, ".json", ".jsonl"}  # in lower case
@@ -42,22 +45,44 @@ _MAX_SUBFOLDERS = 1000  # subfolders that are looked into for a message
 PREPARED = ("masks", "review")  # subfolders that the command prepare writes beside the photos
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What checks and caches need to know about the pixels of a photo, so that they need not read them again."""
+
+    digest: str  # hex SHA-256 of the pixels
+    contrast: bool  # whether something can be seen, see photo_checks.py
+    detail: float | None  # see photo_checks.py; None without contrast
+    hash: int | None  # perceptual hash of 64 bits; None without contrast, or without the package
+    mask_in_centre: bool  # whether the mask, if there is one, is not empty in the central crop
+
+
 @dataclass(frozen=True, eq=False)
 class Photo:
     """One decoded and resized photo, not yet cropped."""
 
     path: Path
-    pixels: NDArray[np.uint8]  # (H, W, 3) RGB that just covers `size`
+    pixels: PixelArray  # (H, W, 3) RGB that just covers `size`
     caption: str  # see captions.py; the prompt, if the photo has no caption
     size: aspect_buckets.Size | None = None  # (height, width) of the crop; None: a square, resolution x resolution
-    mask: NDArray[np.uint8] | None = None  # (H, W), see masks.py; None: the whole photo counts in the loss
+    mask: PixelArray | None = None  # (H, W), see masks.py; None: the whole photo counts in the loss
     original: aspect_buckets.Size | None = None  # (height, width) of the upright file; None: the size of `pixels`
     remarks: tuple[str, ...] = ()  # what is lost of the file; each completes a sentence that starts with its name
+    facts: Facts | None = None  # see photo_checks.measure; None: not measured yet
 
     @property
     def original_size(self) -> aspect_buckets.Size:
         """The (height, width) in pixels before the photo was resized."""
-        return self.original or self.pixels.shape[:2]
+        return self.original or (self.pixels.shape[0], self.pixels.shape[1])
+
+    @cached_property
+    def digest(self) -> str:
+        """A hex SHA-256 of the pixels."""
+        return self.facts.digest if self.facts else sha256(self.pixels.tobytes()).hexdigest()
+
+
+# Takes paths, resolution, `bucketed` and `mask` of `load_photos`; yields for each path the photo without its caption,
+# or None and why it cannot be used.
+Load = Callable[[Sequence[Path], int, bool, str | None], Iterable[tuple[Photo | None, list[str]]]]
 
 
 def list_photos(folder: Path, key: str = "dataset.instance_dir") -> list[Path]:
@@ -125,48 +150,16 @@ def _is_photo_candidate(path: Path) -> bool:
     return not ignored and not path.is_dir()
 
 
-def fingerprint(folder: Path, masks: bool = False) -> str:
-    """Return a hex SHA-256 over the names and the content of all photo and caption files of a folder. Never raises.
-
-    The fingerprint does not depend on the path of the folder. If the folder has no photos, or if one of the photo and
-    caption files cannot be read, the fingerprint is NO_FINGERPRINT. A photo that is converted to sRGB has another
-    fingerprint than in earlier versions of this package, which did not convert it.
-
-    Args:
-        masks: whether the images are masks, which are not converted.
-    """
-    total = hashlib.sha256()
-    try:
-        for photo in list_photos(folder):
-            for path in (photo, *captions.caption_files(photo)):
-                if not path.is_file():  # a broken link, or a pipe; reading a pipe would block
-                    return NO_FINGERPRINT
-                content = path.read_bytes()
-                parts = [os.fsencode(path.name), content]
-                if path is photo and not masks and color_profiles.is_converted(content):
-                    parts.append(color_profiles.CONVERSION)
-                for part in parts:
-                    total.update(hashlib.sha256(part).digest())
-    except (UserError, OSError):
-        return NO_FINGERPRINT
-    return total.hexdigest()
-
-
-def conversion_mark(folder: Path) -> str:
-    """Return a text that is added to the digest of a folder of photos in S3: "" if no photo is converted to sRGB."""
-    converted = any(color_profiles.is_converted(photo.read_bytes()) for photo in list_photos(folder))
-    return "-srgb" * converted
-
-
 def load_photos(paths: Sequence[Path], prompt: str, resolution: int, bucketed: bool = False,
-                mask: str | None = None) -> list[Photo]:
-    """Load photos: decode the images and read their captions and masks.
+                mask: str | None = None, load: Load | None = None) -> list[Photo]:
+    """Load photos: decode the images in threads, and read their captions and masks.
 
     Args:
         prompt: the caption of a photo that has no caption of its own.
         resolution: side of the square crop in pixels.
         bucketed: True: resize each photo to cover its aspect-ratio bucket; False: to cover the square crop.
         mask: a folder of masks, "alpha", or None, see masks.py.
+        load: how images are loaded, such as index/photo_loader.py; None: `decode_photos`, with all pixels in memory.
 
     Raises:
         UserError: a file is unusable. The message names every unusable file and the reason.
@@ -175,8 +168,9 @@ def load_photos(paths: Sequence[Path], prompt: str, resolution: int, bucketed: b
     problems: list[str] = []
     folders = dict.fromkeys(path.parent for path in paths)
     metadata = {folder: captions.read_metadata(folder, problems) for folder in folders}
-    for path in paths:
-        photo = load_photo(path, resolution, problems, bucketed, mask)
+    for path, (photo, reasons) in zip(
+            paths, (load or decode_photos)(paths, resolution, bucketed, mask), strict=True):
+        problems += reasons
         caption = captions.read_caption(path, prompt, metadata[path.parent], problems)
         if photo is not None and caption is not None:
             photos.append(replace(photo, caption=caption))
@@ -184,6 +178,16 @@ def load_photos(paths: Sequence[Path], prompt: str, resolution: int, bucketed: b
         count = f"{counted(len(problems), 'file')} in {paths[0].parent}"
         raise UserError("\n  ".join([f"{count} cannot be used, replace or remove:", *problems]))
     return photos
+
+
+def decode_photos(paths: Sequence[Path], resolution: int, bucketed: bool = False,
+                  mask: str | None = None) -> Iterator[tuple[Photo | None, list[str]]]:
+    """Decode photos in threads and keep all pixels in memory, see `Load`."""
+    def decode(path: Path) -> tuple[Photo | None, list[str]]:
+        problems: list[str] = []
+        return load_photo(path, resolution, problems, bucketed, mask), problems
+
+    return ordered_map(decode, paths, 1 if len(paths) == 1 else None)
 
 
 def load_photo(path: Path, resolution: int, problems: list[str], bucketed: bool = False,
@@ -244,8 +248,7 @@ def _decode(path: Path, resolution: int, bucketed: bool, mask: str | None) -> De
         raise UnusablePhoto("is empty (0 bytes): copy it again")
     if path.suffix.lower() in image_formats.RAW_SUFFIXES:
         raise UnusablePhoto("is a camera raw file, which is not supported: export it as JPEG")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # large files and malformed EXIF only warn; damaged pixels raise an exception
+    with image_formats.without_warnings():  # large files and malformed EXIF only warn; damaged pixels raise
         with Image.open(path, formats=image_formats.readable_formats()) as image:
             original = image.height, image.width
             # The JPEG decoder may downscale, as long as the short side stays at least twice the resolution.
@@ -351,14 +354,14 @@ def _resize(image: Image.Image, size: aspect_buckets.Size) -> Image.Image:
 
 
 def crop_to_square(
-    pixels: NDArray[np.uint8], resolution: int, offset: tuple[float, float] | None, flip: bool
+    pixels: PixelArray, resolution: int, offset: tuple[float, float] | None, flip: bool
 ) -> NDArray[np.uint8]:
     """Return a square crop of the pixels, of shape (resolution, resolution, 3). Arguments are as in `crop_to_size`."""
     return crop_to_size(pixels, (resolution, resolution), offset, flip)
 
 
 def crop_to_size(
-    pixels: NDArray[np.uint8], size: aspect_buckets.Size, offset: tuple[float, float] | None, flip: bool
+    pixels: PixelArray, size: aspect_buckets.Size, offset: tuple[float, float] | None, flip: bool
 ) -> NDArray[np.uint8]:
     """Return a copy of the pixels, cropped to `size` and optionally mirrored.
 
@@ -373,7 +376,7 @@ def crop_to_size(
 
 
 def crop_position(
-    pixels: NDArray[np.uint8], size: aspect_buckets.Size, offset: tuple[float, float] | None
+    pixels: PixelArray, size: aspect_buckets.Size, offset: tuple[float, float] | None
 ) -> tuple[int, int]:
     """Return the row and the column of the pixels at which a crop starts, see `crop_to_size`."""
     rows, columns = pixels.shape[0] - size[0], pixels.shape[1] - size[1]  # left out by the crop

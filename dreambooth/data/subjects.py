@@ -2,12 +2,12 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from hashlib import sha256
 from pathlib import Path
 
 from dreambooth.config.recipe import Recipe
 from dreambooth.data import aspect_buckets
-from dreambooth.data.photos import Photo, crop_to_size, list_photos, load_photos
+from dreambooth.data.photo_checks import measure
+from dreambooth.data.photos import Load, Photo, list_photos, load_photos
 from dreambooth.errors import UserError
 from dreambooth.utils.plurals import counted
 
@@ -31,16 +31,18 @@ def instance_paths(subject_recipe: Recipe) -> tuple[list[Path], list[Path]]:
                         + (f"dataset.validation_count={most}, or " if most > 0 else "dataset.validation_count=0, or ")
                         + "add photos")
     held_out = [paths[(2 * i + 1) * len(paths) // (2 * count)] for i in range(count)]
-    return [path for path in paths if path not in held_out], held_out
+    left_out = set(held_out)
+    return [path for path in paths if path not in left_out], held_out
 
 
-def load_held_out_photos(recipe: Recipe, training: Sequence[Photo]) -> list[Photo]:
+def load_held_out_photos(recipe: Recipe, training: Sequence[Photo], load: Load | None = None) -> list[Photo]:
     """Load the photos of all subjects that do not train, in the order of the subjects; [] if there are none.
 
     They are those that dataset.validation_count takes out of each instance_dir, or those in each validation_dir.
 
     Args:
         training: the photos that train.
+        load: see `load_photos`.
 
     Raises:
         UserError: a folder or file cannot be used, a photo's mask is empty inside the centre crop, or a held-out photo
@@ -50,27 +52,26 @@ def load_held_out_photos(recipe: Recipe, training: Sequence[Photo]) -> list[Phot
     for subject_recipe in recipe.subject_recipes:
         folder = subject_recipe.validation_dir
         paths = list_photos(folder, "dataset.validation_dir") if folder else instance_paths(subject_recipe)[1]
-        photos += _load(recipe, subject_recipe, paths)
+        photos += _load(recipe, subject_recipe, paths, load)
     _check_masks(photos, recipe.model.resolution)
-    trained = {_digest(photo): photo for photo in training}
+    trained = {(photo.pixels.shape, photo.digest): photo for photo in training}
     for photo in photos:
-        if twin := trained.get(_digest(photo)):
+        if twin := trained.get((photo.pixels.shape, photo.digest)):
             raise UserError(f"{photo.path.name} is held out of training, and {twin.path} is the same photo: remove one "
                             "of the two, because the loss on a photo that trains says nothing about others")
     return photos
 
 
-def _digest(photo: Photo) -> str:
-    return sha256(f"{photo.pixels.shape}".encode() + photo.pixels.tobytes()).hexdigest()
-
-
-def _load(recipe: Recipe, subject_recipe: Recipe, paths: Sequence[Path]) -> list[Photo]:
+def _load(recipe: Recipe, subject_recipe: Recipe, paths: Sequence[Path], load: Load | None) -> list[Photo]:
     return load_photos(paths, subject_recipe.instance_prompt, recipe.model.resolution, recipe.dataset.buckets,
-                       subject_recipe.dataset.mask) if paths else []
+                       subject_recipe.dataset.mask, load) if paths else []
 
 
-def load_subject_photos(recipe: Recipe) -> tuple[list[Photo], list[int]]:
+def load_subject_photos(recipe: Recipe, load: Load | None = None) -> tuple[list[Photo], list[int]]:
     """Load the instance photos of all subjects that train, in the order of the subjects.
+
+    Args:
+        load: see `load_photos`.
 
     Returns:
         The photos, and for each photo the `repeats` of its subject: how often the photo is used per epoch.
@@ -81,7 +82,7 @@ def load_subject_photos(recipe: Recipe) -> tuple[list[Photo], list[int]]:
     photos: list[Photo] = []
     repeats: list[int] = []
     for subject_recipe, subject in zip(recipe.subject_recipes, recipe.dataset.subjects, strict=True):
-        loaded = _load(recipe, subject_recipe, instance_paths(subject_recipe)[0])
+        loaded = _load(recipe, subject_recipe, instance_paths(subject_recipe)[0], load)
         photos += loaded
         repeats += [subject.repeats] * len(loaded)
     if recipe.dataset.center_crop:
@@ -91,7 +92,7 @@ def load_subject_photos(recipe: Recipe) -> tuple[list[Photo], list[int]]:
 
 def _check_masks(photos: Sequence[Photo], resolution: int) -> None:
     outside = [photo.path.name for photo in photos if photo.mask is not None
-               and not crop_to_size(photo.mask, photo.size or (resolution, resolution), None, False).any()]
+               and not measure(photo, resolution).mask_in_centre]
     if outside:
         raise UserError(f"the mask of {', '.join(outside)} is outside the centre that is trained on: crop the photo "
                         "around the subject, or type dataset.buckets=true to keep its shape")

@@ -25,7 +25,9 @@ from PIL import Image
 
 from dreambooth.config import evaluate
 from dreambooth.config.recipe import Recipe
-from dreambooth.data.photos import crop_to_square, fingerprint, list_photos, load_photos
+from dreambooth.data.index.file_hashes import fingerprint
+from dreambooth.data.index.photo_loader import PhotoLoader
+from dreambooth.data.photos import Load, Photo, crop_to_square, list_photos, load_photos
 from dreambooth.errors import Interrupted
 from dreambooth.evaluation.base_images import BaseImages, sampler_settings
 from dreambooth.evaluation.encoders import Encoder, open_encoder
@@ -46,6 +48,19 @@ Job = tuple[str, int]  # a prompt with its number of images
 Rows = list[list[Image.Image]]  # one list of images per evaluation prompt, then one of the class prompt if not blank
 
 
+class ReferencePhotos(Sequence[Image.Image]):
+    """The central crops of photos, made when they are indexed: the pixels of many photos are not in memory."""
+
+    def __init__(self, photos: Sequence[Photo], side: int) -> None:
+        self._photos, self._side = photos, side
+
+    def __len__(self) -> int:
+        return len(self._photos)
+
+    def __getitem__(self, index: Any) -> Any:
+        return Image.fromarray(crop_to_square(self._photos[index].pixels, self._side, None, False))
+
+
 class Scorer:
     """Scores images with the encoders and the reference photos that a recipe selects.
 
@@ -55,10 +70,13 @@ class Scorer:
         UserError: an encoder or a photo cannot be loaded.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, load: Load | None = None) -> None:
+        """Args:
+            load: see `load_photos`.
+        """
         spec, side = recipe.evaluate, recipe.model.resolution
-        photos = load_photos(list_photos(recipe.reference_dir), recipe.instance_prompt, side)
-        self.reference = [Image.fromarray(crop_to_square(photo.pixels, side, None, False)) for photo in photos]
+        self.reference = ReferencePhotos(load_photos(list_photos(recipe.reference_dir), recipe.instance_prompt, side,
+                                                     load=load or PhotoLoader(recipe.run_root)), side)
         self.texts, self.class_prompt = recipe.evaluate_texts, recipe.class_prompt
         self.borders = SceneBorders.read(Path(recipe.source))
         self.lpips = Lpips.load(Path(spec.lpips)) if spec.lpips else None
@@ -66,6 +84,7 @@ class Scorer:
             open_encoder(name, dino=spec.dino, clip=spec.clip, offline=spec.offline) for name in spec.encoders]
         self._base_images: dict[str, list[Image.Image]] | None = None
         self._base_embeddings: dict[str, torch.Tensor] = {}  # of _base_images, by encoder
+        self._reference_embeddings: dict[str, torch.Tensor] = {}  # of the reference photos, by encoder
 
     def score(self, rows: Rows, base_class_images: list[Image.Image] | None,
               base_images: dict[str, list[Image.Image]] | None, device: torch.device) -> dict[str, float]:
@@ -86,7 +105,8 @@ class Scorer:
             return score(self.reference, dict(zip(self.texts, subject, strict=True)), self.encoders,
                          class_images=class_images, base_class_images=base_class_images or [], lpips=self.lpips,
                          base_images=base_images, base_embeddings=self._base_embeddings,
-                         class_prompt=self.class_prompt, borders=self.borders)
+                         class_prompt=self.class_prompt, borders=self.borders,
+                         reference_embeddings=self._reference_embeddings)
         finally:
             self._move(torch.device("cpu"))
 
@@ -331,7 +351,8 @@ def specification(recipe: Recipe) -> dict[str, Any]:
         "lpips": spec.lpips,
         "prompts": list(recipe.evaluate_prompts), "texts": list(recipe.evaluate_texts),
         "class_prompt": recipe.class_prompt, "images_per_prompt": spec.images_per_prompt,
-        "class_images": spec.class_images, "seed": spec.seed, "reference": fingerprint(recipe.reference_dir),
+        "class_images": spec.class_images, "seed": spec.seed,
+        "reference": fingerprint(recipe.reference_dir, run_root=recipe.run_root),
         "precision": recipe.precision.label,
         "sampler": {"name": "dpmsolver++", **asdict(sampler_settings(recipe))}}
 

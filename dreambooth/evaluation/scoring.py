@@ -18,6 +18,7 @@ from dreambooth.evaluation.scene_borders import SceneBorders
 
 OUTER = 1 / 8  # of the side: width of the region in which prompt_fidelity compares surroundings, without the subject
 Images = Sequence[Image.Image]
+EMBEDDED_AT_ONCE = 64  # reference images that are in memory at a time; a multiple of the encoders' batches
 
 
 def score(
@@ -25,11 +26,12 @@ def score(
     class_images: Images = (), base_class_images: Images = (), lpips: Lpips | None = None,
     base_images: Mapping[str, Images] | None = None, base_embeddings: dict[str, Tensor] | None = None,
     class_prompt: str = "", borders: SceneBorders | None = None,
+    reference_embeddings: dict[str, Tensor] | None = None,
 ) -> dict[str, float]:
     """Score images of a subject. config/evaluate.py names the measures, and metrics.py defines them.
 
     Args:
-        reference: real images of the subject.
+        reference: real images of the subject, read a few at a time.
         generated: generated images of the subject, by prompt. These prompts are worded for the encoders, which do not
             know the rare word: "toy" instead of "zwx toy". Diversity needs two or more images per prompt.
         encoders: encoders from encoders.open_encoder, already on the device on which they compute.
@@ -44,6 +46,7 @@ def score(
             that are missing, so that later calls with the same images need not compute them; None: compute all.
         class_prompt: a prompt that describes no surroundings. It is not counted in prompt_fidelity.
         borders: the borders of the base model's scenes; None: no prompt_fidelity by borders.
+        reference_embeddings: embeddings of `reference`, by name of the encoder, as `base_embeddings`.
 
     Returns:
         The value of each measure by name, such as {"dino": 0.61, ...} or
@@ -54,7 +57,11 @@ def score(
     groups = [images for images in generated.values() if len(images) > 1]  # for diversity
     for encoder in encoders:
         embed = _CachedEmbeddings(encoder)
-        photos, subject = embed(reference), embed([image for images in generated.values() for image in images])
+        known = {} if reference_embeddings is None else reference_embeddings
+        if encoder.name not in known:
+            known[encoder.name] = _embed_in_parts(encoder, reference)
+        photos = known[encoder.name]
+        subject = embed([image for images in generated.values() for image in images])
         values = {"subject_similarity": metrics.mean_similarity(subject, photos)}
         if (prompts := encoder.embed_texts(list(generated))) is not None:
             rows = [list(generated).index(prompt) for prompt in prompt_of_image]
@@ -118,6 +125,13 @@ def _prompt_fidelity(encoder: Encoder, generated: Mapping[str, Images], base_ima
         base_embeddings[encoder.name] = embed(base_images)
     return {PROMPT_FIDELITY: metrics.retrieval_accuracy(
         embed(described), numbers(described), base_embeddings[encoder.name], numbers(base_images))}
+
+
+def _embed_in_parts(encoder: Encoder, images: Images) -> Tensor:
+    """Return the embeddings (N, D) of images, of which only EMBEDDED_AT_ONCE are in memory at a time."""
+    parts = (range(start, min(start + EMBEDDED_AT_ONCE, len(images)))
+             for start in range(0, len(images), EMBEDDED_AT_ONCE))
+    return torch.cat([encoder.embed_images(to_pixels([images[i] for i in part])).cpu() for part in parts])
 
 
 class _CachedEmbeddings:

@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
-from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -23,9 +21,6 @@ from dreambooth.data import color_profiles, image_formats, photo_checks, photos
 from dreambooth.data.photos import Photo
 from dreambooth.preparation.progress import digest
 from dreambooth.utils.plurals import counted
-
-if TYPE_CHECKING:
-    from imagehash import ImageHash
 
 SOFT = 0.1  # fraction of the median detail of the set, below which a photo is softer than the others
 DARK, BRIGHT = 48, 208  # grey levels (0 to 255) that 95 % of a dark or bright photo are below or above
@@ -123,7 +118,7 @@ def inspect_set(files: Sequence[SourcePhoto], resolution: int) -> Inspection:
         if exposure := _describe_exposure(crop):
             usable[number].remarks.append(f"{usable[number].path.name} {exposure}")
     _compare_sharpness([usable[number] for number in crops])
-    inspection.variety = _measure_variety(photo_checks.perceptual_hashes(crops))
+    inspection.variety = _measure_variety([photo_checks.perceptual_hash(crop) for crop in crops.values()])
     inspection.remarks += _describe_set(inspection)
     return inspection
 
@@ -173,9 +168,12 @@ def _compare_sharpness(files: Sequence[SourcePhoto]) -> None:
                                 "sharp")
 
 
-def _measure_variety(hashes: dict[int, ImageHash]) -> float | None:
-    distances = [int(one - other) for one, other in combinations(hashes.values(), 2)]
-    return statistics.fmean(distances) if distances else None
+def _measure_variety(hashes: Sequence[int]) -> float | None:
+    """Return the mean number of different bits of two hashes, over all pairs; None if there is no pair."""
+    count = len(hashes)
+    ones = [sum(value >> bit & 1 for value in hashes) for bit in range(64)]
+    different = sum(number * (count - number) for number in ones)  # pairs, counted once for each bit that differs
+    return different / (count * (count - 1) / 2) if count > 1 else None
 
 
 def _describe_set(inspection: Inspection) -> list[str]:

@@ -24,7 +24,7 @@ from dreambooth.config.evaluate import VALIDATION_LOSS
 from dreambooth.config.model_defaults import sample_batch_size_if_changed
 from dreambooth.config.overrides import escape_prompts
 from dreambooth.config.storage import is_remote
-from dreambooth.data.photos import fingerprint
+from dreambooth.data.index.file_hashes import fingerprint
 from dreambooth.serialization import export_layout
 from dreambooth.utils.assets import resolve_asset
 from dreambooth.utils.atomic_files import weights_digest
@@ -142,11 +142,11 @@ def identity(root: DictConfig, swept: bool = False) -> str:
     for subject in (hashed["dataset"], *hashed["dataset"].get("concepts", ())):
         for key in FOLDERS:
             if (folder := subject.get(key)) and folder != ALPHA:
-                subject[key] = _folder_content(folder, masks=key == "mask")
+                subject[key] = _folder_content(folder, Path(root.run_root), masks=key == "mask")
         if subject.get("validation_dir", "") is None:
             subject.pop("validation_dir")  # added later
     if (evaluate := section("evaluate"))["select"] is not None or _names_images(hashed["train"].get("stop_when")):
-        hashed["evaluate"] = _selection(evaluate) | {
+        hashed["evaluate"] = _selection(evaluate, Path(root.run_root)) | {
             key: root.sample[key] for key in ("num_inference_steps", "guidance_scale")}
     earlier = _digest(hashed)
     if not (with_class_images or "evaluate" in hashed):  # nothing is generated in batches
@@ -192,19 +192,19 @@ def _was_started(root: DictConfig, digest: str, sample_batch_size: int) -> bool:
     return bool(export_layout.read_settings(folder).get("prior.sample_batch_size") == str(sample_batch_size))
 
 
-def _selection(evaluate: dict[str, Any]) -> dict[str, Any]:
+def _selection(evaluate: dict[str, Any], run_root: Path) -> dict[str, Any]:
     """Return the settings of the section `evaluate` that determine which weights evaluate.select chooses for export."""
     settings = {key: value for key, value in evaluate.items() if key not in NOT_SELECTING}
     if folder := settings["reference_dir"]:
-        settings["reference_dir"] = _folder_content(folder)
+        settings["reference_dir"] = _folder_content(folder, run_root)
     with suppress(ValueError):  # invalid prompts are reported when the run is resolved
         settings["prompts"] = eval_prompts.read_templates(settings["prompts"])
     return settings
 
 
-def _folder_content(folder: str, masks: bool = False) -> str:
+def _folder_content(folder: str, run_root: Path, masks: bool = False) -> str:
     """Return a hash of the content of a local folder, or the address of a folder in S3.
 
     S3 folders have not been downloaded at this point. storage/run_inputs.py compares their content later.
     """
-    return folder if is_remote(folder) else fingerprint(Path(resolve_asset(folder)), masks)
+    return folder if is_remote(folder) else fingerprint(Path(resolve_asset(folder)), masks, run_root)

@@ -17,7 +17,7 @@ from dreambooth.config.evaluate import (
     Evaluate,
     measure_name,
 )
-from dreambooth.data.photos import NO_FINGERPRINT
+from dreambooth.data.index.file_hashes import NO_FINGERPRINT
 from dreambooth.errors import UserError
 from dreambooth.serialization import export_layout
 from dreambooth.tracking.journal import read

@@ -6,7 +6,8 @@ from contextlib import contextmanager, suppress
 from urllib.parse import quote
 
 from dreambooth.config.recipe import Recipe
-from dreambooth.data.photos import fingerprint, list_photos
+from dreambooth.data.index.file_hashes import fingerprint
+from dreambooth.data.photos import list_photos
 from dreambooth.errors import Interrupted
 from dreambooth.tracking import svg_charts
 from dreambooth.tracking.journal import EXPERIMENT
@@ -59,7 +60,7 @@ def _open(recipe: Recipe, update_status: bool) -> Tracker:
     tracker.set_tags({"mlflow.note.content": describe_run(recipe)})
     if recipe.instance_dir.is_dir():
         tracker.log_dataset({
-            "name": recipe.dataset.name, "digest": fingerprint(recipe.instance_dir),
+            "name": recipe.dataset.name, "digest": fingerprint(recipe.instance_dir, run_root=recipe.run_root),
             "source": str(recipe.instance_dir), "photos": str(len(list_photos(recipe.instance_dir)))})
     return tracker
 

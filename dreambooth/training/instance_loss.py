@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from dreambooth.data.batches import Batch, View
+from dreambooth.data.batches import Batch
+from dreambooth.data.photo_set import View
 from dreambooth.errors import Diverged
 from dreambooth.models.pipeline import evaluating
 from dreambooth.training.setup import Setup

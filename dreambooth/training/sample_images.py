@@ -14,7 +14,7 @@ from dreambooth.runtime.engine import Engine
 from dreambooth.storage import manifest
 from dreambooth.tracking.tracker import Tracker
 from dreambooth.utils import atomic_files
-from dreambooth.utils.image_grid import contact_sheet, grid, is_intact_png, read_samples, square_columns
+from dreambooth.utils.image_grid import SHEET_PHOTOS, contact_sheet, grid, is_intact_png, read_samples, square_columns
 from dreambooth.utils.signals import StopRequest
 
 
@@ -60,7 +60,8 @@ class SampleRecorder:
     @cached_property
     def _crops(self) -> list[Image.Image]:
         square = self.side, self.side
-        return [Image.fromarray(crop_to_size(photo.pixels, photo.size or square, None, False)) for photo in self.photos]
+        return [Image.fromarray(crop_to_size(photo.pixels, photo.size or square, None, False))
+                for photo in self.photos[:SHEET_PHOTOS]]
 
     def _write(self, target: Path, images: Sequence[Image.Image]) -> None:
         count = self.spec.images_per_prompt

@@ -10,12 +10,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dreambooth.config.enums import EmaDevice
+from dreambooth.config.enums import EmaDevice, LatentCache
 from dreambooth.config.method import has_word
 from dreambooth.config.recipe import Recipe
 from dreambooth.data import class_images, latent_cache, photo_report, subjects
-from dreambooth.data.batches import Batches, Latents, PhotoSet
-from dreambooth.data.photos import Photo, load_photos
+from dreambooth.data.batches import Batches, Latents
+from dreambooth.data.index.photo_loader import PhotoLoader
+from dreambooth.data.photo_set import PhotoSet
+from dreambooth.data.photos import Load, Photo, load_photos
 from dreambooth.data.step_shares import StepShares
 from dreambooth.errors import UserError
 from dreambooth.evaluation.evaluator import Scorer
@@ -71,10 +73,12 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
     """
     _check_processes(recipe, engine)
     engine.set_autocast_cache(recipe.memory.autocast_cache)
-    scorer = Scorer(recipe) if recipe.evaluate.encoders and engine.is_main_process else None
+    on_disk = recipe.memory.cache_latents and recipe.memory.latent_cache is LatentCache.disk
+    load = PhotoLoader(recipe.run_root, saved=on_disk)
+    scorer = Scorer(recipe, load) if recipe.evaluate.encoders and engine.is_main_process else None
     with meter.phase("load"):
-        photos, repeats = subjects.load_subject_photos(recipe)
-        held_out = subjects.load_held_out_photos(recipe, photos)
+        photos, repeats = subjects.load_subject_photos(recipe, load)
+        held_out = subjects.load_held_out_photos(recipe, photos, load)
         if engine.is_main_process:
             remove_shared_leftovers(recipe.run_root)
             console.say(photo_report.describe_photos(recipe, photos))
@@ -89,7 +93,7 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
         with meter.phase("class_images"):
             photo_sets.append(_build_photo_set(recipe, "class", [
                 photo for class_recipe in recipe.class_recipes
-                for photo in _load_class_images(class_recipe, pipeline, engine, console)]))
+                for photo in _load_class_images(class_recipe, pipeline, engine, console, load)]))
     if recipe.dataset.buckets:
         console.say(subjects.describe_buckets(photos))
     validation_set = PhotoSet("validation", held_out, True, False) if held_out and recipe.validates else None
@@ -171,7 +175,7 @@ def make_class_images(recipe: Recipe) -> None:
         pipeline = build_pipeline(loading.load(recipe, engine.device))
     with meter.phase("class_images"):
         for class_recipe in incomplete:
-            _load_class_images(class_recipe, pipeline, engine, console)
+            _load_class_images(class_recipe, pipeline, engine, console, PhotoLoader(recipe.run_root))
 
 
 def remove_shared_leftovers(run_root: Path) -> None:
@@ -267,7 +271,7 @@ def _build_photo_set(recipe: Recipe, name: str, photos: list[Photo], repeats: li
     return PhotoSet(name, photos, data.center_crop, data.random_flip, repeats, data.prompt_dropout)
 
 
-def _load_class_images(recipe: Recipe, pipeline: Any, engine: Engine, console: Console) -> list[Photo]:
+def _load_class_images(recipe: Recipe, pipeline: Any, engine: Engine, console: Console, load: Load) -> list[Photo]:
     """Return the class images of a recipe. Missing images are generated first."""
     images = class_images.find(recipe)
     console.say(str(images))
@@ -284,7 +288,8 @@ def _load_class_images(recipe: Recipe, pipeline: Any, engine: Engine, console: C
             class_images.generate_missing(
                 images, recipe, generate, bar.tick, engine.local_rank, engine.local_world_size)
     engine.barrier()
-    return load_photos(images.paths, recipe.class_prompt, recipe.model.resolution, recipe.dataset.buckets)
+    return load_photos(images.paths, recipe.class_prompt, recipe.model.resolution, recipe.dataset.buckets,
+                       load=load)
 
 
 def _build_latents(recipe: Recipe, parts: loading.Components, photo_sets: list[PhotoSet], console: Console) -> Latents:

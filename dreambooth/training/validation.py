@@ -14,7 +14,7 @@ import torch
 
 from dreambooth.config.evaluate import VALIDATION_LOSS
 from dreambooth.config.recipe import Recipe
-from dreambooth.data.batches import PhotoSet, View
+from dreambooth.data.photo_set import PhotoSet, View
 from dreambooth.errors import Diverged
 from dreambooth.models.pipeline import evaluating
 from dreambooth.runtime.engine import Engine

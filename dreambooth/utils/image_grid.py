@@ -16,6 +16,7 @@ INK, PAPER = "#222222", "white"  # colours of text and background
 GAP, TITLE = 6, 22  # pixels: space between cells, height of a line of text
 LINE = 16  # pixels: height of one of several lines of text
 MAX_COLUMNS = 8  # steps shown on a contact sheet
+SHEET_PHOTOS = 8  # photos shown on a contact sheet
 
 
 def grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
@@ -47,12 +48,12 @@ def contact_sheet(
     steps = _spread(sorted(samples))
     cell = _cell_size(samples[steps[0]][0])
     width = max(len(steps) * (cell + GAP) + GAP, 4 * (cell + GAP))
-    thumb = min(cell, (width - GAP) // max(1, min(len(photos), 8)) - GAP)
+    thumb = min(cell, (width - GAP) // max(1, min(len(photos), SHEET_PHOTOS)) - GAP)
     top = TITLE + thumb + GAP
     sheet = Image.new("RGB", (width, top + len(prompts) * (TITLE + cell + GAP) + TITLE), PAPER)
     draw = ImageDraw.Draw(sheet)
     _label(draw, (GAP, 4), "the photos", width)
-    for number, photo in enumerate(photos[:8]):
+    for number, photo in enumerate(photos[:SHEET_PHOTOS]):
         sheet.paste(_fit(photo, thumb), (GAP + number * (thumb + GAP), TITLE))
     for row, prompt in enumerate(prompts):
         y = top + row * (TITLE + cell + GAP)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dreambooth.config.compose import load
 from dreambooth.config.recipe import Recipe, resolve
-from dreambooth.data.batches import PhotoSet
+from dreambooth.data.photo_set import PhotoSet
 from dreambooth.data.photos import Photo, list_photos, load_photos
 from dreambooth.errors import UserError
 from tests.support.configs import compose_config

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dreambooth.data import aspect_buckets, image_formats, photos
-from dreambooth.data.batches import Batches, PhotoSet
+from dreambooth.data.batches import Batches
+from dreambooth.data.index.file_hashes import NO_FINGERPRINT, fingerprint
 from dreambooth.data.latent_cache import LatentStore
-from dreambooth.data.photos import NO_FINGERPRINT, Photo, crop_to_size, fingerprint, list_photos, load_photos
+from dreambooth.data.photo_set import PhotoSet
+from dreambooth.data.photos import Photo, crop_to_size, list_photos, load_photos
 from dreambooth.training.instance_loss import instance_loss
 from dreambooth.training.step import Objective
 from tests.data.noise_photos import PROMPT, SHAPES, bucketed_set, loading_error, save_noise, write_metadata

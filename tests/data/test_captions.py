@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dreambooth.data.photos import NO_FINGERPRINT, crop_to_square, fingerprint, list_photos, load_photos, to_model_range
+from dreambooth.data.index.file_hashes import NO_FINGERPRINT, fingerprint
+from dreambooth.data.photos import crop_to_square, list_photos, load_photos, to_model_range
 from tests.data.solid_photos import BLUE, PROMPT, problem, save_solid
 
 # --- captions -------------------------------------------------------------------------------------------------------

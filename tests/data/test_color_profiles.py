@@ -7,7 +7,8 @@ import pytest
 from PIL import Image, ImageCms
 
 from dreambooth.data import photo_checks
-from dreambooth.data.photos import Photo, conversion_mark, fingerprint, list_photos, load_photos
+from dreambooth.data.index.file_hashes import conversion_mark, fingerprint
+from dreambooth.data.photos import Photo, list_photos, load_photos
 from tests.data.icc_profiles import (
     ADOBE_RGB,
     DISPLAY_P3,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dreambooth.data import masks, subjects
-from dreambooth.data.batches import PhotoSet
+from dreambooth.data.photo_set import PhotoSet
 from dreambooth.data.photos import Photo, list_photos, load_photos
 from dreambooth.errors import UserError
 from dreambooth.runtime.engine import Engine

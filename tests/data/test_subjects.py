@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dreambooth.data import subjects
-from dreambooth.data.batches import PhotoSet
+from dreambooth.data.photo_set import PhotoSet
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.runs.identity import identity
 from tests.data.noise_photos import TWO, recipe, save_noise, write_metadata

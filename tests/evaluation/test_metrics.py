@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
-from dreambooth.evaluation import metrics
+from dreambooth.evaluation import metrics, scoring
 from dreambooth.evaluation.lpips import CHANNELS, Lpips, weight_shapes
 
 E, N = torch.eye(4), pytest.approx
@@ -123,3 +124,33 @@ def test_lpips_has_the_layers_of_alexnet(alexnet: Lpips) -> None:
         (CHANNELS[0], 15, 15), (CHANNELS[1], 7, 7), (CHANNELS[2], 3, 3), (CHANNELS[3], 3, 3), (CHANNELS[4], 3, 3)]
     alone = [tensor.numel() for key, tensor in alexnet.named_buffers() if not key.startswith("linear")]
     assert sum(alone) == 2_469_696  # the parameters of AlexNet's `features`
+
+
+class CountingEncoder:
+    """Embeds an image as its mean colour, and records how many images it gets at a time."""
+
+    name = "dino"
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.counts.append(len(pixels))
+        return pixels.mean((2, 3))
+
+    def embed_texts(self, prompts: object) -> None:
+        return None
+
+
+def test_reference_photos_are_embedded_a_few_at_a_time_and_once_for_all_steps() -> None:
+    encoder = CountingEncoder()
+    reference = [Image.new("RGB", (2, 2), (number, 100, 255 - number)) for number in range(150)]
+    generated = {"a prompt": [Image.new("RGB", (2, 2), (3, 100, 200))]}
+    known: dict[str, torch.Tensor] = {}
+    first, second = (scoring.score(reference, generated, [encoder], reference_embeddings=known)  # type: ignore
+                     for _ in range(2))
+    assert encoder.counts == [64, 64, 22, 1, 1]
+    assert first == second
+    whole = metrics.mean_similarity(CountingEncoder().embed_images(scoring.to_pixels(generated["a prompt"])),
+                                    CountingEncoder().embed_images(scoring.to_pixels(reference)))
+    assert first["dino"] == pytest.approx(float(whole), abs=1e-6)

@@ -1,7 +1,7 @@
 """Tests of memory options: latent cache, module offload, allocator settings, out-of-memory messages and advice."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from dreambooth.config.enums import (
     Weights,
 )
 from dreambooth.config.schema import Memory
+from dreambooth.data import latent_cache
 from dreambooth.data.batches import Latents
 from dreambooth.data.latent_cache import LatentStore, digest
 from dreambooth.errors import UserError
@@ -83,6 +84,55 @@ def test_damaged_latents_on_disk_are_encoded_again(
     save_file({"mean": mean, "std": std}, path)  # as earlier versions wrote it, without a checksum
     filled(store, kept)
     assert not kept
+
+
+def fill_in_files_of_two(store: LatentStore, encode: Callable[[Tensor], tuple[Tensor, Tensor]] = encode_pixels,
+                         ) -> tuple[Latents, list[int]]:
+    """A latent cache that was filled in batches of 2, and the numbers of encoded images."""
+    counts: list[int] = []
+    latents = Latents(encode, 8, 0.5, store)
+    latents.fill(make_photo_set(flip=True), counts.append, 2)
+    return latents, counts
+
+
+def test_many_latents_are_in_files_that_hold_few_and_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LatentStore(LatentCache.disk, CPU, tmp_path, "vae")
+    expected = drawn(Latents(encode_pixels, 8, 0.5))
+    monkeypatch.setattr(latent_cache, "FILE_ROWS", 5)
+    latents, _ = fill_in_files_of_two(store)
+    assert sorted(len(load_file(path)["mean"]) for path in tmp_path.iterdir()) == [2, 4, 4], "a multiple of the batch"
+    assert drawn(latents).equal(expected)
+
+
+def test_a_killed_run_encodes_only_the_images_of_files_that_it_had_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, encoded = LatentStore(LatentCache.disk, CPU, tmp_path, "vae"), 0
+    monkeypatch.setattr(latent_cache, "FILE_ROWS", 4)
+
+    def dies(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal encoded
+        if encoded == 6:
+            raise SystemExit
+        encoded += len(pixels)
+        return encode_pixels(pixels)
+
+    with pytest.raises(SystemExit):
+        fill_in_files_of_two(store, dies)
+    latents, counts = fill_in_files_of_two(store)
+    assert sum(counts) == 6, "4 of 10 were in a file"
+    assert drawn(latents).equal(drawn(Latents(encode_pixels, 8, 0.5)))
+
+
+def test_one_large_file_of_an_earlier_version_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LatentStore(LatentCache.disk, CPU, tmp_path, "vae")
+    fill_in_files_of_two(store)
+    monkeypatch.setattr(latent_cache, "FILE_ROWS", 4)
+    latents, counts = fill_in_files_of_two(store)
+    assert not counts
+    assert drawn(latents).equal(drawn(Latents(encode_pixels, 8, 0.5)))
 
 
 def test_the_digest_of_an_encoder_depends_on_its_weights_and_their_precision() -> None:

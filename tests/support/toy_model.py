@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dreambooth.data.batches import Batches, Latents, PhotoSet
+from dreambooth.data.batches import Batches, Latents
+from dreambooth.data.photo_set import PhotoSet
 from dreambooth.data.photos import Photo
 from dreambooth.models.new_tokens.embedding_table import ExtendedEmbedding
 from dreambooth.models.new_tokens.training import NewTokens
