@@ -42,7 +42,8 @@ def reference_images(work: Path, count: int) -> list[Image.Image]:
     folder = work / "exact"
     folder.mkdir(exist_ok=True)
     if len(list(folder.glob("*.png"))) < count:
-        pipe = StableDiffusionPipeline.from_pretrained(work / "base", local_files_only=True, safety_checker=None)
+        pipe = StableDiffusionPipeline.from_pretrained(work.parent / "bases" / "tiny", local_files_only=True,
+                                                       safety_checker=None)
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
         for start in range(0, count, 32):
             seeds = [torch.Generator().manual_seed(90000 + start + number) for number in range(min(32, count - start))]

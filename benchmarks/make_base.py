@@ -82,15 +82,18 @@ def main() -> None:
         pipeline = DiffusionPipeline.from_pretrained(source, dtype=torch.float32)
     pipeline.to(dtype=torch.float32)
     pipeline.save_pretrained(Path(folder))
-    if kind != "tiny_flow":
-        for file in Path(folder).glob("text_encoder*/model.safetensors"):
-            restore_published_names(file)
+    for file in Path(folder).glob("text_encoder*/model.safetensors"):
+        restore_published_names(file, "model." if kind == "tiny_flow" else "text_model.")
 
 
-def restore_published_names(file: Path) -> None:
-    """Give the weights of a CLIP text encoder the names of published files, which older programs need: text_model.x."""
+def restore_published_names(file: Path, prefix: str) -> None:
+    """Give the weights of a text encoder the names of published files, which other programs need.
+
+    Args:
+        prefix: what their names begin with, unless they belong to a projection.
+    """
     weights = load_file(file)
-    save_file({name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": weight
+    save_file({name if name.startswith((prefix, "text_projection.")) else f"{prefix}{name}": weight
                for name, weight in weights.items()}, file, metadata={"format": "pt"})
 
 

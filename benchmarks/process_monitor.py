@@ -1,6 +1,8 @@
 """Runs a command and records its start, its CPU time at short intervals, and its peak resident memory."""
 
+import math
 import os
+import signal
 import subprocess
 import time
 from bisect import bisect_left
@@ -33,21 +35,33 @@ class ProcessUsage:
 
 
 class CommandFailed(SystemExit):
-    """The command ended with another exit code than 0; the message ends with its last output."""
+    """The command ended with another exit code than 0, or took too long; the message ends with its last output."""
 
 
-def run_monitored(command: list[str], folder: Path, environment: dict[str, str], log: Path) -> ProcessUsage:
+def run_monitored(command: list[str], folder: Path, environment: dict[str, str], log: Path,
+                  timeout: float = math.inf) -> ProcessUsage:
     """Run `command` in `folder` and write its output to `log`.
 
+    Args:
+        timeout: seconds after which the command and its children are killed.
+
     Raises:
-        CommandFailed: the command failed.
+        CommandFailed: the command failed, or did not end in time.
     """
     usage = ProcessUsage(time.time())
     with log.open("wb") as file:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=file)
-        while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
-            usage.cpu_samples.append((time.time(), _cpu_seconds(process.pid)))
-            time.sleep(SAMPLE_INTERVAL)
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=file,
+                                   start_new_session=True)
+        try:
+            while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+                usage.cpu_samples.append((time.time(), _cpu_seconds(process.pid)))
+                if time.time() - usage.started > timeout:
+                    raise CommandFailed(f"did not end within {timeout / 60:.1f} minutes")
+                time.sleep(SAMPLE_INTERVAL)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
     _, status, resources = ended
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -34,11 +34,21 @@ class Trial:
     resume_s: float | None = None  # from the start of a process that resumes to the end of its first step
     settings: int | None = None  # settings that a user writes: options, overrides, or lines of configuration files
     error: str = ""  # why the trainer did not finish; it then has no measurements
+    note: str = ""  # what else is to be said in the table
+    peer: bool = False  # whether another trainer ran
+    steps: int = 0
+    threads: int = 0
+    seconds: float = 0.0  # duration of all processes of the trial
 
 
 def read_trials(path: Path) -> list[Trial]:
     """Read the trials from a file of JSON lines; return an empty list if there is no file."""
     return [Trial(**json.loads(line)) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+
+
+def append_trial(path: Path, trial: Trial) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(trial)) + "\n")
 
 
 def describe_machine(threads: int) -> str:
@@ -55,18 +65,20 @@ def describe_machine(threads: int) -> str:
 
 
 def format_table(trials: list[Trial]) -> Iterator[str]:
-    """Yield the rows of a Markdown table, one per case: medians and ranges over its trials, and speed-ups.
+    """Yield the lines of a Markdown table with one row per case, and then the names of the best peers, and notes.
 
-    A speed-up is the median of the quotients within a round. The images per second count training images, or generated
-    class images in the cases that generate them. A case that never finished has its error in place of measurements.
+    A row has medians and ranges over the trials of its case. "x diffusers" and "x best peer" are quotients within a
+    round: median and range. The best peer is the one with the highest median. The images per second count training
+    images, or generated class images in the cases that generate them. A case that never finished has its error in place
+    of measurements.
     """
-    yield ("| case | runs | images/s | range | speed-up | images per CPU second | speed-up | first step, s | "
-           "first step, CPU s | peak RSS, GiB | checkpoint, MB | resumed, s | settings |")
-    yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+    yield ("| case | runs | images/s | range | x diffusers | x best peer | images per CPU second | x diffusers | "
+           "x best peer | first step, s | first step, CPU s | peak RSS, GiB | checkpoint, MB | resumed, s | settings |")
+    yield "|---" * 15 + "|"
     for case in dict.fromkeys(t.case for t in trials):
         of_case = [t for t in trials if t.case == case and not t.error]
         if not of_case:
-            yield f"| {case} | 0 | {trials_error(trials, case)} |{' |' * 10}"
+            yield f"| {case} | 0 | {trials_error(trials, case)} |{' |' * 12}"
             continue
         kind = "class_images" if case in CLASS_IMAGE_CASES else "images"
         row = [case, f"{len(of_case)}"]
@@ -75,14 +87,28 @@ def format_table(trials: list[Trial]) -> Iterator[str]:
             row.append(format_number(_median(rates)))
             if field.endswith("second"):
                 row.append(f"{min(rates):.2f}-{max(rates):.2f}" if rates else "-")
-            quotients = _quotients(trials, case, field)
-            row.append(f"{median(quotients):.2f}x" if quotients else "-")
+            row += [_format_quotients(trials, case, other, field) for other in (
+                CLASS_BASELINE if case in CLASS_IMAGE_CASES else BASELINE, best_peer(trials, field))]
         row += [format_number(_median([getattr(t, field) for t in of_case]))
                 for field in ("first_step_s", "first_step_cpu", "peak_rss_gib")]
         size = _median([t.checkpoint_bytes for t in of_case])
         row += ["-" if size is None else f"{size / 1e6:.1f}", format_number(_median([t.resume_s for t in of_case])),
                 f"{_median([t.settings for t in of_case]) or 0:.0f}"]
         yield f"| {' | '.join(row)} |"
+    yield ""
+    by_wall, by_cpu = best_peer(trials, "images_per_second"), best_peer(trials, "images_per_cpu")
+    if by_wall and by_cpu:
+        yield f"Best peer by wall time: {by_wall}; by CPU time: {by_cpu}."
+    for case, note in dict.fromkeys((t.case, t.note) for t in trials if t.note and not t.error):
+        yield f"{case}: {note}"
+
+
+def best_peer(trials: list[Trial], field: str) -> str | None:
+    """Return the peer with the highest median of a field; None: no peer finished."""
+    medians = {case: _median([getattr(t, field) for t in trials if t.case == case])
+               for case in dict.fromkeys(t.case for t in trials if t.peer)}
+    return max((case for case, value in medians.items() if value is not None),
+               key=lambda case: medians[case] or 0.0, default=None)
 
 
 def trials_error(trials: list[Trial], case: str) -> str:
@@ -90,12 +116,15 @@ def trials_error(trials: list[Trial], case: str) -> str:
     return [t.error for t in trials if t.case == case][-1]
 
 
-def _quotients(trials: list[Trial], case: str, field: str) -> list[float]:
-    """Return a field of this case divided by the field of diffusers' script, for each round that has both."""
-    script_case = CLASS_BASELINE if case in CLASS_IMAGE_CASES else BASELINE
-    script = {t.round: getattr(t, field) for t in trials if t.case == script_case}
-    return [getattr(t, field) / script[t.round] for t in trials
-            if t.case == case and getattr(t, field) and script.get(t.round)]
+def _format_quotients(trials: list[Trial], case: str, other: str | None, field: str) -> str:
+    """Return the median and the range of a field of `case` divided by that of `other`, over the rounds with both."""
+    values = {t.round: getattr(t, field) for t in trials if t.case == other and getattr(t, field)}
+    quotients = [getattr(t, field) / values[t.round] for t in trials
+                 if t.case == case and getattr(t, field) and t.round in values]
+    if not quotients:
+        return "-"
+    spread = f" ({min(quotients):.2f}-{max(quotients):.2f})" if len(quotients) > 1 and case != other else ""
+    return f"{median(quotients):.2f}x{spread}"
 
 
 def _median(values: Sequence[float | None]) -> float | None:

@@ -16,7 +16,12 @@ def wall_clock(moment: float) -> float:
 
 
 def step_end_times(path: Path) -> list[float]:
-    """Read the times at which steps ended, in seconds since 1970, from the script's log or our metrics.jsonl."""
+    """Read the times at which steps ended, in seconds since 1970, from the script's log or our metrics.jsonl.
+
+    A missing file has no steps.
+    """
+    if not path.is_file():
+        return []
     entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     ours = [entry["time"] / 1000 for entry in entries if "loss" in entry.get("metrics", {})]
     return ours or [entry["time"] for entry in entries if entry.get("bar") == "Steps"]

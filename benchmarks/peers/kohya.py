@@ -40,7 +40,7 @@ class Kohya(Trainer):
             f"--pretrained_model_name_or_path={job.base}", f"--train_data_dir={photos}", f"--reg_data_dir={classes}",
             f"--tokenizer_cache_dir={job.work / 'kohya_tokenizers'}", f"--output_dir={job.out / 'model'}",
             "--output_name=result", "--save_model_as=safetensors", f"--resolution={task.resolution}",
-            f"--train_batch_size={2 * task.batch}", f"--max_train_steps={job.steps}",
+            f"--train_batch_size={task.images}", f"--max_train_steps={job.steps}",
             f"--learning_rate={LEARNING_RATE}", "--optimizer_type=AdamW", "--lr_scheduler=constant", "--seed=0",
             f"--prior_loss_weight={PRIOR_WEIGHT}", "--mixed_precision=no", "--sdpa", "--cache_latents",
             "--max_data_loader_n_workers=0", "--caption_extension=.none"]

@@ -60,7 +60,7 @@ def log_progress_bars(log: Path) -> None:
         class LoggingBar(kind):  # type: ignore[misc]
             def update(self, n: float | None = 1) -> Any:
                 displayed = super().update(n)
-                name = bar_name(str(self.desc or ""))
+                name = bar_name(str(getattr(self, "desc", "") or ""))  # a disabled bar has none
                 if name and not self.disable and n:
                     file.write(json.dumps({"bar": name, "time": time.time(), "done": n}) + "\n")
                 return displayed

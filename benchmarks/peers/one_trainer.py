@@ -24,6 +24,7 @@ from peers.tasks import (
 
 OUTPUT_FORMATS = {(False, "sd"): "DIFFUSERS", (True, "sd"): "KOHYA_LORA", (True, "sdxl"): "KOHYA_LORA",
                   (True, "z_image"): "DIFFUSERS_LORA"}
+ATTENTION = {"sd": "attn", "sdxl": "attn", "z_image": "attention"}  # part of the names of the trained layers
 MODELS = {"sd": "STABLE_DIFFUSION_15", "sdxl": "STABLE_DIFFUSION_XL_10_BASE", "z_image": "Z_IMAGE"}
 
 
@@ -55,18 +56,19 @@ class OneTrainer(Trainer):
         task = job.task
         own: dict[str, Any] = {"weight_dtype": "FLOAT_32"}
         denoiser = "transformer" if task.family == "z_image" else "unet"
-        prompts = {"photos": (INSTANCE, 1.0), "class": (CLASS, PRIOR_WEIGHT)}
+        prompts = {"photos": (INSTANCE, 1.0)} | ({"class": (CLASS, PRIOR_WEIGHT)} if task.class_images else {})
         return {
             "__version": 11, "model_type": MODELS[task.family], "training_method": "LORA" if task.lora else "FINE_TUNE",
             "base_model_name": str(job.base), "output_model_destination": str(job.out / "model.safetensors"),
             "workspace_dir": str(job.out / "workspace"), "cache_dir": str(job.out / "cache"),
-            "resolution": str(task.resolution), "batch_size": 2 * task.batch, "epochs": 2 if job.resume else 1,
+            "resolution": str(task.resolution), "batch_size": task.images, "epochs": 2 if job.resume else 1,
             "latent_caching": True,
             "learning_rate": LEARNING_RATE, "learning_rate_warmup_steps": 0.0, "train_device": "cpu",
             "temp_device": "cpu", "train_dtype": "FLOAT_32", "output_dtype": "FLOAT_32", "tensorboard": False,
             "output_model_format": OUTPUT_FORMATS[task.lora, task.family],
             "dataloader_threads": 1, "aspect_ratio_bucketing": False, "clip_grad_norm": 1.0, "lora_rank": RANK,
-            "lora_alpha": float(RANK), "sample_after_unit": "NEVER", "offline_mode": True,
+            "lora_alpha": float(RANK), "layer_filter": ATTENTION[task.family] if task.lora else "",
+            "sample_after_unit": "NEVER", "offline_mode": True,
             "sample_definition_file_name": str(job.out / "samples.json"),
             "backup_after": job.save_at or 0, "backup_after_unit": "STEP" if job.save_at else "NEVER",
             "backup_before_save": False, "continue_last_backup": job.resume,

@@ -30,15 +30,17 @@ class Ours(Trainer):
     def words(self, job: Job) -> list[str]:
         """Return the overrides of the command."""
         task, new = job.task, job.new_class_images
-        classes = [] if new else [f"dataset.class_dir={job.work / 'class'}"]
+        prior = [f"dataset.class_prompt={CLASS}", f"prior.num_class_images={new or task.class_images}",
+                 f"prior.prior_loss_weight={PRIOR_WEIGHT}"]
+        prior += [] if new else [f"dataset.class_dir={job.work / 'class'}"]
         lora = ["method=lora", f"method.rank={RANK}", "method.targets=attention", "train.train_text_encoder=false"]
         return [
             f"run_root={job.out}", "hardware=cpu", "tracking=none", f"model={MODELS[task.family]}",
             *(lora if task.lora else ["train.train_text_encoder=true"]), f"model.source={job.base}",
             f"model.resolution={task.resolution}", "model.offline=true", "dataset.allow_drawings=true",
             f"dataset.instance_dir={job.work / 'photos'}", f"dataset.instance_prompt={INSTANCE}",
-            f"dataset.class_prompt={CLASS}", *classes, f"prior.num_class_images={new or task.class_images}",
-            f"prior.prior_loss_weight={PRIOR_WEIGHT}", f"train.train_batch_size={task.batch}",
+            *(prior if new or task.class_images else ["prior.with_prior_preservation=false"]),
+            f"train.train_batch_size={task.batch}",
             f"train.max_train_steps={job.steps}", f"train.learning_rate={LEARNING_RATE}", "sample.every=null",
             f"checkpoint.every={job.save_at or 'null'}", "evaluate.encoder=none", "train.use_ema=false",
             *self.overrides]

@@ -1,5 +1,7 @@
 """bghira/SimpleTuner: simpletuner/train.py with config.json and a file of its data."""
 
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,11 @@ class SimpleTuner(Trainer):
 
     name = "SimpleTuner"
     python = (3, 12)
-    packages = ("torchvision", "datasets", "wandb", "trainingsample", "torchsde", "torchmetrics", "lightning-utilities",
-                "colorama", "num2words", "docopt", "py3langid", "pypinyin", "hangul-romanize", "optimum-quanto",
-                "lycoris-lora", "torch-optimi", "loguru", "toml", "atomicwrites", "peft-singlora",
-                "vector-quantize-pytorch", "sdnq", "aiosqlite", "skrample", "iterutils", "ninja", "einx",
-                "xxhash", "multiprocess", "dill", "prodigy-plus-schedule-free==2.0.1", "opencv-python-headless",
-                "frozendict", "einops", "open-clip-torch", "ftfy", "timm")
 
-    def __init__(self, checkout: Path) -> None:
-        self.checkout = checkout
+    def __init__(self, checkout: Path, interpreter: Path | None = None) -> None:
+        python = interpreter or Path(sys.executable)
+        self.checkout, self.interpreter = checkout, Path(shutil.which(python) or python).absolute()
+        self.packages = ("torchvision", f"{checkout}[cpu]", "transformers==5.12.1")  # it imports names that 5.24 lacks
 
     def call(self, job: Job) -> Call:
         job.out.mkdir(parents=True, exist_ok=True)
@@ -51,7 +49,7 @@ class SimpleTuner(Trainer):
             "model_family": FAMILIES[task.family], "model_type": "lora" if task.lora else "full",
             "pretrained_model_name_or_path": str(job.base), "output_dir": str(job.out / "model"),
             "data_backend_config": str(data), "resolution": task.resolution, "resolution_type": "pixel",
-            "train_batch_size": 2 * task.batch, "max_train_steps": job.steps, "num_train_epochs": 0,
+            "train_batch_size": task.images, "max_train_steps": job.steps, "num_train_epochs": 0,
             "learning_rate": LEARNING_RATE, "lr_scheduler": "constant", "lr_warmup_steps": 0,
             "optimizer": "optimi-adamw", "mixed_precision": "no",
             "base_model_precision": "no_change", "seed": 0, "max_grad_norm": 1.0, "report_to": "none",
@@ -72,6 +70,6 @@ class SimpleTuner(Trainer):
         photos = [common | {
             "id": kind, "instance_data_dir": str(job.work / kind), "instance_prompt": prompt,
             "cache_dir_vae": str(job.out / "cache" / kind), "is_regularisation_data": kind == "class"}
-            for kind, prompt in (("photos", INSTANCE), ("class", CLASS))]
+            for kind, prompt in (("photos", INSTANCE), ("class", CLASS)) if kind == "photos" or job.task.class_images]
         return [*photos, {"id": "text", "type": "local", "dataset_type": "text_embeds", "default": True,
                           "cache_dir": str(job.out / "cache" / "text")}]

@@ -22,8 +22,11 @@ class Task:
         base: name of the base model, see make_base.py.
         family: sd, sdxl or z_image.
         lora: True: a LoRA of rank RANK in the denoiser; False: all weights of UNet and text encoder.
-        batch: photos per batch; a batch contains as many class images.
-        class_images: number of class images in the folder `class`, which all trainers read.
+        batch: photos per batch; a batch contains as many class images, if the task has some.
+        class_images: number of class images in the folder `class`, which all trainers read; 0: training without
+            prior preservation.
+        rounds: how often each case is measured.
+        seconds: duration of one process on a machine with 2 cores, roughly, for the estimate before the first run.
     """
 
     base: str
@@ -33,15 +36,22 @@ class Task:
     batch: int
     steps: int
     class_images: int
+    rounds: int
+    seconds: float
+
+    @property
+    def images(self) -> int:
+        """Images per batch."""
+        return self.batch * (2 if self.class_images else 1)
 
 
 TASKS = {
-    "tiny": Task("tiny", "sd", False, 64, 4, 40, 8),
-    "tiny_lora": Task("tiny", "sd", True, 64, 4, 40, 8),
-    "full": Task("full", "sd", False, 256, 1, 4, 2),
-    "full_lora": Task("full", "sd", True, 256, 1, 6, 2),
-    "sdxl_lora": Task("tiny_sdxl", "sdxl", True, 64, 4, 40, 8),
-    "flow_lora": Task("tiny_flow", "z_image", True, 64, 4, 40, 8),
+    "tiny": Task("tiny", "sd", False, 64, 4, 40, 8, 3, 25),
+    "tiny_lora": Task("tiny", "sd", True, 64, 4, 40, 8, 3, 25),
+    "full": Task("full", "sd", False, 256, 1, 6, 2, 1, 130),
+    "full_lora": Task("full", "sd", True, 256, 1, 6, 2, 1, 90),
+    "sdxl_lora": Task("tiny_sdxl", "sdxl", True, 64, 4, 40, 8, 3, 25),
+    "flow_lora": Task("tiny_flow", "z_image", True, 64, 4, 40, 0, 3, 25),
 }
 
 
@@ -50,7 +60,7 @@ class Job:
     """One process of a trainer.
 
     Attributes:
-        work: folder with the inputs: base, photos, class.
+        work: folder of the task, with its photos and class images.
         out: folder of this process. It is empty unless `resume` is true.
         log: where launcher.py writes the times of the progress bars.
         steps: steps of the whole run.
@@ -70,7 +80,7 @@ class Job:
 
     @property
     def base(self) -> Path:
-        return self.work / "base"
+        return base_folder(self.task, self.work)
 
     def with_steps(self, steps: int, save_at: int | None, resume: bool) -> "Job":
         return replace(self, steps=steps, save_at=save_at, resume=resume)
@@ -99,11 +109,14 @@ class Trainer(ABC):
         name: the case in the tables.
         packages: what its environment contains in addition to the packages of this project.
         python: the oldest version of Python that it supports.
+        interpreter: the Python of its environment, which then shares no packages with this project; None: that of this
+            process.
     """
 
     name: str
     packages: tuple[str, ...] = ()
     python: tuple[int, int] = (3, 11)
+    interpreter: Path | None = None
 
     @abstractmethod
     def call(self, job: Job) -> Call:
@@ -137,6 +150,11 @@ def launched(job: Job, script: Path, options: list[str], settings: int | None = 
     count = sum(option.startswith("-") for option in options) if settings is None else settings
     own = {"PYTHONPATH": ":".join(map(str, paths)), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     return Call([str(LAUNCHER), str(job.log), str(script), *options], count, folder or job.out, own | environment)
+
+
+def base_folder(task: Task, work: Path) -> Path:
+    """Return the folder of a task's base model. Tasks with the same base share it."""
+    return work.parent / "bases" / task.base
 
 
 def newest(folder: Path, pattern: str) -> Path | None:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +16,13 @@ RESUME_STEPS = 2  # steps before the checkpoint, and after it
 MAX_REASON = 160  # characters of an error in the table
 
 
-def run_trial(trainer: Trainer, environment: Path | None, task: Task, model: str, number: int, work: Path, threads: int,
+def run_trial(trainer: Trainer, environment: Path | None, task: Task, trial: Trial, work: Path, timeout: float,
               with_resume: bool, new_class_images: int = 0) -> Trial:
-    """Measure one case in round `number`. A trainer that fails gives a trial with its error and no measurements.
+    """Return `trial` with its measurements. A trainer that fails gives a trial with its error and no measurements.
 
     Args:
         environment: the environment of a peer; None: that of this process.
-        model: name of the task in the tables.
+        timeout: seconds after which a process is ended.
         with_resume: whether to measure a checkpoint, and the time until the first step after it, too.
         new_class_images: class images to generate before one step; 0: the case uses given ones.
     """
@@ -29,53 +30,58 @@ def run_trial(trainer: Trainer, environment: Path | None, task: Task, model: str
     shutil.rmtree(out, ignore_errors=True)
     job = Job(task, work, out, work / "notes.jsonl", 1 if new_class_images else task.steps,
               new_class_images=new_class_images)
-    trial = Trial(trainer.name, model, number)
+
+    def run(job: Job) -> ProcessUsage:
+        return run_job(trainer, environment, job, trial.threads, timeout)
+
     try:
-        usage = run_job(trainer, environment, job, threads)
+        usage = run(job)
         clock, ends = usage.cpu_seconds_until, step_end_times(trainer.step_log(job))
-        if not ends:
-            raise CommandFailed("its log has no steps")
-        images = 2 * task.batch
+        if len(ends) < min(2, job.steps):
+            raise CommandFailed(f"its log has the end of {len(ends)} steps")
         trial = replace(
-            trial, images_per_second=step_rate(ends, images), images_per_cpu=step_rate(ends, images, clock),
+            trial, images_per_second=step_rate(ends, task.images), images_per_cpu=step_rate(ends, task.images, clock),
             first_step_s=ends[0] - usage.started, first_step_cpu=clock(ends[0]), peak_rss_gib=usage.peak_rss_gib,
             cpu_seconds=usage.cpu_seconds, settings=trainer.call(job).settings)
         if new_class_images:
             return replace(trial, class_images_per_second=class_rate(out),
                            class_images_per_cpu=class_rate(out, clock))
-        return measure_resume(trainer, environment, job, threads, trial) if with_resume else trial
     except NotSupported as error:
         return replace(trial, error=str(error))
     except CommandFailed as error:
         return replace(trial, error=reason_of(str(error)))
+    try:
+        return measure_resume(trainer, job, run, trial) if with_resume else trial
+    except CommandFailed as error:
+        return replace(trial, note=f"does not resume: {reason_of(str(error))}")
 
 
-def measure_resume(trainer: Trainer, environment: Path | None, job: Job, threads: int, trial: Trial) -> Trial:
+def measure_resume(trainer: Trainer, job: Job, run: Callable[[Job], ProcessUsage], trial: Trial) -> Trial:
     """Return the trial with the size of a checkpoint and the seconds until the first step of a resumed process."""
     shutil.rmtree(job.out, ignore_errors=True)
-    run_job(trainer, environment, job.with_steps(RESUME_STEPS, RESUME_STEPS, False), threads)
+    run(job.with_steps(RESUME_STEPS, RESUME_STEPS, False))
     if (checkpoint := trainer.checkpoint(job.out)) is None:
-        return trial
+        return replace(trial, note="writes no checkpoint")
     trial = replace(trial, checkpoint_bytes=size_bytes(checkpoint))
     resumed = job.with_steps(2 * RESUME_STEPS, RESUME_STEPS, True)
-    usage = run_job(trainer, environment, resumed, threads)
+    usage = run(resumed)
     ends = [end for end in step_end_times(trainer.step_log(resumed)) if end > usage.started]
     return replace(trial, resume_s=ends[0] - usage.started if ends else None)
 
 
-def run_job(trainer: Trainer, environment: Path | None, job: Job, threads: int) -> ProcessUsage:
+def run_job(trainer: Trainer, environment: Path | None, job: Job, threads: int, timeout: float) -> ProcessUsage:
     """Run one process of a trainer.
 
     Raises:
         NotSupported: the trainer has no command for the task.
-        CommandFailed: the process failed.
+        CommandFailed: the process failed, or did not end in `timeout` seconds.
     """
     job.log.unlink(missing_ok=True)
     job.out.mkdir(parents=True, exist_ok=True)
     call = trainer.call(job)
     return run_monitored([interpreter(environment), *call.command], call.folder,
                          os.environ | {"OMP_NUM_THREADS": str(threads)} | call.environment,
-                         job.work / f"{trainer.name.replace(' ', '_')}.log")
+                         job.work / f"{trainer.name.replace(' ', '_')}.log", timeout)
 
 
 def reason_of(message: str) -> str:

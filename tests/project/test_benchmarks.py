@@ -6,6 +6,8 @@ import json
 import os
 import resource
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,10 +52,10 @@ def test_step_end_times_are_read_from_metrics_and_from_progress_bars(timings: Mo
 
 
 def test_class_images_are_counted_from_the_end_of_the_first_batch(timings: ModuleType, tmp_path: Path) -> None:
-    for number, time in enumerate([10.0, 10.1, 20.0, 20.1, 30.0, 30.1]):
+    for number, moment in enumerate([10.0, 10.1, 20.0, 20.1, 30.0, 30.1]):
         path = tmp_path / f"{number}.png"
         path.touch()
-        os.utime(path, (time, time))
+        os.utime(path, (moment, moment))
     assert timings.class_rate(tmp_path) == pytest.approx(4 / 20)
 
 
@@ -87,13 +89,43 @@ def test_a_process_that_fails_ends_the_benchmark(monitor: ModuleType, tmp_path: 
         monitor.run_monitored(command, tmp_path, dict(os.environ), tmp_path / "log")
 
 
+def test_a_process_that_takes_too_long_is_ended_with_its_children(monitor: ModuleType, tmp_path: Path) -> None:
+    child = "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    with pytest.raises(SystemExit, match=r"did not end within 0\.0 minutes"):
+        monitor.run_monitored([sys.executable, "-c", f"{child}; print(p.pid, flush=True); time.sleep(60)"], tmp_path,
+                              dict(os.environ), tmp_path / "log", 1.0)
+    stat = Path(f"/proc/{(tmp_path / 'log').read_text().strip()}/stat")
+    deadline = time.monotonic() + 30
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX":
+        assert time.monotonic() < deadline, "the child still runs"
+        time.sleep(0.05)
+
+
 def test_the_table_has_medians_and_the_median_quotient_within_a_round(speed_table: ModuleType) -> None:
     """The machine is three times as fast in round 3, which must not change the quotients."""
     trials = [speed_table.Trial(case, "tiny", number, rate) for case, rates in
               [("diffusers", [2.0, 4.0, 12.0]), ("caches", [3.0, 8.0, 18.0])] for number, rate in enumerate(rates)]
     rows = list(speed_table.format_table(trials))
     assert "| diffusers | 3 | 4.00 | 2.00-12.00 | 1.00x |" in rows[2]
-    assert "| caches | 3 | 8.00 | 3.00-18.00 | 1.50x |" in rows[3]
+    assert "| caches | 3 | 8.00 | 3.00-18.00 | 1.50x (1.50-2.00) |" in rows[3]
+
+
+def test_each_case_is_compared_with_the_fastest_peer_that_trains(speed_table: ModuleType) -> None:
+    """By wall time and by CPU time it can be another peer."""
+    rates = {"diffusers": (2.0, 2.0), "kohya": (4.0, 1.0), "caches": (6.0, 3.0)}
+    trials = [speed_table.Trial(case, "tiny", number, wall * number, cpu, peer=case != "caches")
+              for number in (1, 2) for case, (wall, cpu) in rates.items()]
+    rows = list(speed_table.format_table([*trials, speed_table.Trial("OneTrainer", "tiny", 1, error="no", peer=True)]))
+    cells = {row.split(" | ")[0].strip("| "): row.split(" | ") for row in rows[2:6]}
+    assert cells["caches"][4:6] == ["3.00x (3.00-3.00)", "1.50x (1.50-1.50)"] and cells["caches"][8].startswith("1.50x")
+    assert (cells["kohya"][5], cells["kohya"][8]) == ("1.00x", "0.50x (0.50-0.50)")
+    assert (cells["diffusers"][5], cells["diffusers"][8]) == ("0.50x (0.50-0.50)", "1.00x")
+    assert rows[7] == "Best peer by wall time: kohya; by CPU time: diffusers."
+
+
+def test_what_a_peer_cannot_do_beside_training_is_said_below_the_table(speed_table: ModuleType) -> None:
+    trial = speed_table.Trial("kohya", "tiny", 1, 2.0, 1.0, note="does not resume: KeyError: 'x'", peer=True)
+    assert list(speed_table.format_table([trial]))[-1] == "kohya: does not resume: KeyError: 'x'"
 
 
 def test_class_images_are_compared_with_those_of_the_script(speed_table: ModuleType) -> None:
@@ -140,7 +172,7 @@ def test_each_peer_gets_the_settings_of_the_task(speed: ModuleType, tmp_path: Pa
         (tmp_path / "kohya_tokenizers" / name).mkdir(parents=True)
     (tmp_path / "out/model/at-step00000002-state").mkdir(parents=True)
     options = argparse.Namespace(diffusers=tmp_path, kohya=tmp_path, onetrainer=tmp_path, mgds=tmp_path,
-                                 simpletuner=tmp_path)
+                                 simpletuner=tmp_path, simpletuner_python=None)
     trainers = speed.find_trainers(options)
     tiny = speed.TASKS["tiny"]
     new, resumed = (job_of(tiny, tmp_path, save_at=2, resume=resume) for resume in (False, True))
@@ -162,15 +194,78 @@ def test_each_peer_gets_the_settings_of_the_task(speed: ModuleType, tmp_path: Pa
 
 def test_a_trainer_without_a_command_for_a_task_says_so(speed: ModuleType, tmp_path: Path) -> None:
     kohya = importlib.import_module("peers.kohya").Kohya(tmp_path)
-    trial = speed.run_trial(kohya, None, speed.TASKS["flow_lora"], "flow_lora", 1, tmp_path, 1, True)
+    trial = speed.Trial("kohya", "flow_lora", 1, threads=1)
+    trial = speed.run_trial(kohya, None, speed.TASKS["flow_lora"], trial, tmp_path, 60.0, True)
     assert trial.error == "has no script for Z-Image"
     assert list(speed.format_table([trial]))[2].startswith("| kohya | 0 | has no script for Z-Image |")
+
+
+def test_a_repeated_command_makes_what_is_missing(speed: ModuleType, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished trials are kept. A case that failed is tried once per command, and the other cases go on."""
+    calls: list[tuple[str, int]] = []
+    broken = {"kohya"}
+
+    def run(trainer: Any, environment: Any, task: Any, trial: Any, *_: Any) -> Any:
+        calls.append((trial.case, trial.round))
+        if trial.case == "same work" and trial.round == 2 and "stop" in broken:
+            raise KeyboardInterrupt
+        return replace(trial, error="no" if trial.case in broken else "", images_per_second=2.0)
+
+    monkeypatch.setattr(speed, "run_trial", run)
+    monkeypatch.setattr(speed, "prepare", lambda *_: (tmp_path / "tiny").mkdir(exist_ok=True))
+    monkeypatch.setattr(speed, "make_environment", lambda *_: tmp_path)
+    monkeypatch.setattr(speed, "describe_machine", lambda _: "this machine")
+    command = ["speed.py", "--kohya", str(tmp_path), "--tasks", "tiny", "--rounds", "2", "--work", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    broken.add("stop")
+    with pytest.raises(KeyboardInterrupt):
+        speed.main()
+    assert calls == [("kohya", 1), ("same work", 1), ("caches", 1), ("same work", 2)]
+    calls.clear()
+    broken.clear()
+    speed.main()
+    assert calls == [("kohya", 1), ("kohya", 2), ("same work", 2), ("caches", 2)]
+    calls.clear()
+    speed.main()
+    assert calls == []
+    monkeypatch.setattr(sys, "argv", [*command, "--steps", "3", "--plan"])
+    speed.main()
+    assert calls == []
+
+
+def test_the_expected_duration_comes_from_earlier_rounds(speed: ModuleType, tmp_path: Path) -> None:
+    plan = importlib.import_module("peers.plan")
+    task = replace(speed.TASKS["tiny"], rounds=2, steps=4)
+    path = tmp_path / "trials.jsonl"
+    first = plan.Plan("tiny", task, ("caches",), 1, path)
+    assert first.seconds() == pytest.approx(task.seconds * (2 + plan.RESUME_PART))
+    measured = speed.Trial("caches", "tiny", 1, 2.0, steps=4, threads=1, seconds=100 * (1 + plan.RESUME_PART))
+    for trial in (measured, replace(measured, steps=9, seconds=5.0), replace(measured, threads=2, seconds=5.0)):
+        speed.append_trial(path, trial)
+    again = plan.Plan("tiny", task, ("caches",), 1, path)
+    assert again.pending == [("caches", 2)] and again.seconds() == pytest.approx(100.0)
+
+
+def test_a_task_without_class_images_trains_photos_only(speed: ModuleType, tmp_path: Path) -> None:
+    peers = {name: importlib.import_module(f"peers.{name}") for name in ("hf_scripts", "one_trainer", "ours")}
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "0.png").touch()
+    job = job_of(speed.TASKS["flow_lora"], tmp_path)
+    words = peers["hf_scripts"].DiffusersScripts(tmp_path).call(job).command
+    assert "--with_prior_preservation" not in words and "--train_batch_size=4" in words
+    assert json.loads((tmp_path / "diffusers_photos/metadata.jsonl").read_text())["file_name"] == "0.png"
+    peers["one_trainer"].OneTrainer(tmp_path, tmp_path).call(job)
+    one = json.loads((tmp_path / "out/settings.json").read_text())
+    assert (one["batch_size"], [concept["name"] for concept in one["concepts"]]) == (4, ["photos"])
+    assert one["layer_filter"] == "attention"
+    assert "prior.with_prior_preservation=false" in peers["ours"].Ours("caches").words(job)
 
 
 def test_a_peer_that_needs_a_newer_python_gets_no_environment(speed: ModuleType, tmp_path: Path) -> None:
     kohya = importlib.import_module("peers.kohya").Kohya(tmp_path)
     kohya.python = (99, 1)
-    with pytest.raises(speed.NotSupported, match=r"needs Python 99.1 or newer, and this environment has 3\."):
+    with pytest.raises(speed.NotSupported, match=r"needs Python 99\.1 or newer, and .* is 3\."):
         speed.make_environment(kohya, tmp_path)
 
 
