@@ -154,7 +154,8 @@ def main() -> None:
 
 def plan_task(name: str, options: argparse.Namespace) -> Plan:
     task = TASKS[name]
-    task = replace(task, steps=options.steps or task.steps, rounds=options.rounds or task.rounds)
+    task = replace(task, steps=options.steps or task.steps, rounds=options.rounds or task.rounds,
+                   resume=task.resume and not options.without_resume)
     return Plan(name, task, tuple(options.cases), options.threads, (options.work / name).absolute() / "trials.jsonl")
 
 
@@ -168,11 +169,11 @@ def measure(case: str, number: int, name: str, task: Task, work: Path, options: 
         trial = replace(trial, error=refused[case])
     else:
         trial = run_trial(options.trainers[case], environment, task, trial, work, 60 * options.timeout,
-                          number == 1 and not options.without_resume, new)
+                          number == 1 and task.resume, new)
     if new and not trial.error:
         shutil.copytree(out, work / case, dirs_exist_ok=True,
                         ignore=shutil.ignore_patterns("*.safetensors"))  # for class_quality.py
-    shutil.rmtree(out, ignore_errors=True)  # checkpoints of the full size have 12 GB
+    shutil.rmtree(out, ignore_errors=True)  # the checkpoints of all trainers would fill the disk
     trial = replace(trial, seconds=round(time.monotonic() - begun, 1))
     print(f"{name}, round {number}, {case}: " + (trial.error or (
         f"{format_number(trial.images_per_second)} images/s, {format_number(trial.images_per_cpu)} per CPU s, "

@@ -9,7 +9,7 @@ from speed_table import Trial, read_trials
 
 from peers.tasks import Task
 
-RESUME_PART = 1.6  # duration of measuring a resume, divided by that of the process before it
+RESUME_PART = 1.4  # duration of measuring a resume, divided by that of the process before it
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,15 @@ class Plan:
         """Return the expected duration of the pending processes, from earlier rounds where there are some."""
         known: dict[str, list[float]] = {}
         for trial in self.measured():
-            known.setdefault(trial.case, []).append(trial.seconds / (1 + RESUME_PART * (trial.round == 1)))
+            known.setdefault(trial.case, []).append(trial.seconds / self._processes(trial.round))
         failed = {trial.case for trial in self.measured() if trial.error} - {
             trial.case for trial in self.measured() if not trial.error}
-        return sum((median(known[case]) if case in known else self.task.seconds) * (1 + RESUME_PART * (number == 1))
+        return sum((median(known[case]) if case in known else self.task.seconds) * self._processes(number)
                    for case, number in self.pending if case not in failed or number == 1)
+
+    def _processes(self, number: int) -> float:
+        """Return the duration of a trial of round `number`, in units of its first process."""
+        return 1 + RESUME_PART * (self.task.resume and number == 1)
 
     def describe(self) -> str:
         """Return one line for the user."""

@@ -26,7 +26,8 @@ class Task:
         class_images: number of class images in the folder `class`, which all trainers read; 0: training without
             prior preservation.
         rounds: how often each case is measured.
-        seconds: duration of one process on a machine with 2 cores, roughly, for the estimate before the first run.
+        seconds: rough duration of one process on a quiet machine with 2 cores, for the estimate before the first run.
+        resume: whether a checkpoint, and resuming from it, are measured in the first round.
     """
 
     base: str
@@ -38,6 +39,7 @@ class Task:
     class_images: int
     rounds: int
     seconds: float
+    resume: bool = True
 
     @property
     def images(self) -> int:
@@ -46,12 +48,12 @@ class Task:
 
 
 TASKS = {
-    "tiny": Task("tiny", "sd", False, 64, 4, 40, 8, 3, 25),
-    "tiny_lora": Task("tiny", "sd", True, 64, 4, 40, 8, 3, 25),
-    "full": Task("full", "sd", False, 256, 1, 6, 2, 1, 130),
-    "full_lora": Task("full", "sd", True, 256, 1, 6, 2, 1, 90),
-    "sdxl_lora": Task("tiny_sdxl", "sdxl", True, 64, 4, 40, 8, 3, 25),
-    "flow_lora": Task("tiny_flow", "z_image", True, 64, 4, 40, 0, 3, 25),
+    "tiny": Task("tiny", "sd", False, 64, 4, 30, 8, 2, 20),
+    "tiny_lora": Task("tiny", "sd", True, 64, 4, 30, 8, 2, 20),
+    "full": Task("full", "sd", False, 256, 1, 4, 2, 1, 110, resume=False),
+    "full_lora": Task("full", "sd", True, 256, 1, 5, 2, 1, 60),
+    "sdxl_lora": Task("tiny_sdxl", "sdxl", True, 64, 4, 30, 8, 2, 20),
+    "flow_lora": Task("tiny_flow", "z_image", True, 64, 4, 30, 0, 2, 20),
 }
 
 
