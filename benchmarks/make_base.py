@@ -6,6 +6,7 @@ published config.json files of UNet, VAE and text encoder) with random weights, 
 padded to 77 tokens.
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,18 @@ def main() -> None:
         pipeline = DiffusionPipeline.from_pretrained(source, dtype=torch.float32)
     pipeline.to(dtype=torch.float32)
     pipeline.save_pretrained(Path(folder))
+    for file in Path(folder).glob("tokenizer*/tokenizer.json"):
+        write_published_files(file)
     for file in Path(folder).glob("text_encoder*/model.safetensors"):
         restore_published_names(file, "model." if kind == "tiny_flow" else "text_model.")
+
+
+def write_published_files(file: Path) -> None:
+    """Write vocab.json and merges.txt, which other programs need, beside a tokenizer.json."""
+    model = json.loads(file.read_text("utf-8"))["model"]
+    file.with_name("vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), "utf-8")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    file.with_name("merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", "utf-8")
 
 
 def restore_published_names(file: Path, prefix: str) -> None:

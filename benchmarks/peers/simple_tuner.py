@@ -30,15 +30,15 @@ class SimpleTuner(Trainer):
     def __init__(self, checkout: Path, interpreter: Path | None = None) -> None:
         python = interpreter or Path(sys.executable)
         self.checkout, self.interpreter = checkout, Path(shutil.which(python) or python).absolute()
-        self.packages = ("torchvision", f"{checkout}[cpu]", "transformers==5.12.1")  # it imports names that 5.24 lacks
+        self.packages = ("torchvision", f"{checkout}[cpu]", "transformers==5.15.1")  # it imports names that 5.24 lacks
 
     def call(self, job: Job) -> Call:
         job.out.mkdir(parents=True, exist_ok=True)
         data = job.out / "data.json"
         settings = write_json(data, self._data(job)) + write_json(job.out / "config.json", self._settings(job, data))
         return launched(job, self.checkout / "simpletuner" / "train.py", [], settings, self.checkout, (self.checkout,),
-                        CONFIG_BACKEND="json", CONFIG_PATH=str(job.out / "config"), SIMPLETUNER_DISABLE_ACCELERATOR="1",
-                        ACCELERATE_USE_CPU="true", DISABLE_UPDATES="true")
+                        CONFIG_BACKEND="json", CONFIG_PATH=str(job.out / "config"), ACCELERATE_USE_CPU="true",
+                        DISABLE_UPDATES="true")
 
     def checkpoint(self, out: Path) -> Path | None:
         return newest(out / "model", "checkpoint-*")
