@@ -35,7 +35,15 @@ class ProcessUsage:
 
 
 class CommandFailed(SystemExit):
-    """The command ended with another exit code than 0, or took too long; the message ends with its last output."""
+    """The command ended with another exit code than 0, or took too long; the message ends with its last output.
+
+    Attributes:
+        output: all that it wrote; if it wrote nothing, the message.
+    """
+
+    def __init__(self, message: str, output: str = "") -> None:
+        super().__init__(message)
+        self.output = output or message
 
 
 def run_monitored(command: list[str], folder: Path, environment: dict[str, str], log: Path,
@@ -65,8 +73,9 @@ def run_monitored(command: list[str], folder: Path, environment: dict[str, str],
     _, status, resources = ended
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise CommandFailed(f"{' '.join(command)}\nended with exit code {process.returncode}:\n"
-                            f"{log.read_text(errors='replace')[-3000:]}")
+        output = log.read_text(errors="replace")
+        raise CommandFailed(f"{' '.join(command)}\nended with exit code {process.returncode}:\n{output[-3000:]}",
+                            output)
     usage.peak_rss_gib, usage.cpu_seconds = resources.ru_maxrss * KIB / GIB, resources.ru_utime + resources.ru_stime
     return usage
 

@@ -1,6 +1,7 @@
 """Runs trainers, one process at a time, and measures speed, memory, checkpoints and resuming."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ from timings import class_rate, step_end_times, step_rate
 from peers.tasks import Job, NotSupported, Task, Trainer, interpreter, size_bytes
 
 RESUME_STEPS = 2  # steps before the checkpoint, and after it
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # of text on a terminal
 MAX_REASON = 160  # characters of an error in the table
 
 
@@ -49,11 +51,11 @@ def run_trial(trainer: Trainer, environment: Path | None, task: Task, trial: Tri
     except NotSupported as error:
         return replace(trial, error=str(error))
     except CommandFailed as error:
-        return replace(trial, error=reason_of(str(error)))
+        return replace(trial, error=reason_of(error.output))
     try:
         return measure_resume(trainer, job, run, trial) if with_resume else trial
     except CommandFailed as error:
-        return replace(trial, note=f"does not resume: {reason_of(str(error))}")
+        return replace(trial, note=f"does not resume: {reason_of(error.output)}")
 
 
 def measure_resume(trainer: Trainer, job: Job, run: Callable[[Job], ProcessUsage], trial: Trial) -> Trial:
@@ -86,7 +88,7 @@ def run_job(trainer: Trainer, environment: Path | None, job: Job, threads: int, 
 
 def reason_of(message: str) -> str:
     """Return the line of a failed process's output that says why it failed, in at most MAX_REASON characters."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    lines = [line.strip() for line in COLOURS.sub("", message).splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line.split(":")[0] or line.startswith("Exception")]
     line = (errors or lines)[-1].replace("|", "/")
     return line if len(line) <= MAX_REASON else f"{line[:MAX_REASON - 3]}..."

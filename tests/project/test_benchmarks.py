@@ -271,7 +271,8 @@ def test_a_peer_that_needs_a_newer_python_gets_no_environment(speed: ModuleType,
 
 @pytest.mark.parametrize(("output", "reason"), [
     ("x\nValueError: no GPU | here\nwarning: later", "ValueError: no GPU / here"),
-    ("Traceback\n  x()\nmodule.SomeError: why\n", "module.SomeError: why"), ("only words", "only words")])
+    ("Traceback\n  x()\nmodule.SomeError: why\n", "module.SomeError: why"), ("only words", "only words"),
+    ("\x1b[0mTypeError\x1b[0m: \x1b[0mwhy\x1b[0m\n\x1b[0m\n", "TypeError: why")])
 def test_the_reason_of_a_failure_is_the_line_of_the_error(speed: ModuleType, output: str, reason: str) -> None:
     assert importlib.import_module("peers.trials").reason_of(output) == reason
 
