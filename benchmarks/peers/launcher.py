@@ -4,7 +4,7 @@
 
 The times come from the script's own progress bars (tqdm). The peers import torchvision. If its compiled operators do
 not fit the installed PyTorch, the operators that its import needs are declared without an implementation; the peers use
-only its transforms, which are Python code.
+only its transforms, which are Python code. Without an accelerator, pinning memory does nothing.
 """
 
 import json
@@ -46,6 +46,14 @@ def import_torchvision() -> None:
         import torchvision  # noqa: F401
 
 
+def ignore_pinning() -> None:
+    """Let Tensor.pin_memory return the tensor on a machine without an accelerator, where it is an error otherwise."""
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign]
+
+
 declared: list[Any] = []  # operators exist as long as their libraries
 
 
@@ -79,6 +87,7 @@ def log_progress_bars(log: Path) -> None:
 def main() -> None:
     log, script, *arguments = sys.argv[1:]
     import_torchvision()
+    ignore_pinning()
     log_progress_bars(Path(log))
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))
