@@ -21,7 +21,7 @@ from dreambooth.utils import atomic_files
 log = logging.getLogger(__name__)
 CHECKSUM = "sha256"  # key of a cache file's metadata: a hash of the moments
 CHUNK = 64  # number of rows that are hashed together
-FILE_PIXELS, FILE_ROWS = 2**26, 1024  # a cache file holds the moments of at most so many pixels and images
+FILE_PIXELS, FILE_ROWS = 2**26, 256  # a cache file holds the moments of at most so many pixels and images
 Moments = tuple[Tensor, Tensor]  # mean and standard deviation of the latents, (N, C, h, w) each
 ReadRows = Callable[[list[int]], Moments]  # takes row numbers, returns the moments of these rows on LatentStore.device
 
