@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from dreambooth.config.schema import Memory
-from dreambooth.errors import EXIT_REPORT_DIR, DoesNotFit, DreamBoothError, Interrupted, UserError
+from dreambooth.errors import EXIT_REPORT_DIR, DoesNotFit, DreamBoothError, Interrupted, LostProcess, UserError
 from dreambooth.runtime import cpu_tuning, srun
 from dreambooth.utils import atomic_files, masking, permissions, quoting
 from dreambooth.utils.suggestions import closest
@@ -188,7 +188,7 @@ def _report_failure(job: Callable[[], Outcome], sweep: bool = False,
     except DreamBoothError as error:
         sentence = masking.mask_urls(str(error))
         print(f"dreambooth: {sentence}", file=sys.stderr)
-        _record_failure(error.exit_code, sentence)
+        _record_failure(error.exit_code, sentence, lost=isinstance(error, LostProcess))
     except OSError as error:
         _report_system_error(error)
     except KeyboardInterrupt:
@@ -287,7 +287,7 @@ def _mask_values(content: Any) -> Any:
     return masking.mask_urls(content) if isinstance(content, str) else content
 
 
-def _record_failure(code: int, sentence: str, user_error: bool = True) -> None:
+def _record_failure(code: int, sentence: str, user_error: bool = True, lost: bool = False) -> None:
     """Record the exit code of a failed job, and a sentence with the reason.
 
     The constant EXIT_REPORT_DIR is the name of an environment variable. If this variable is set, its value is a
@@ -295,12 +295,13 @@ def _record_failure(code: int, sentence: str, user_error: bool = True) -> None:
 
     Args:
         user_error: True: the sentence is meant for the user. False: the reason is an internal fault (a bug).
+        lost: whether the reason is that another process is gone, which has a reason of its own.
     """
     _exit_codes.append(code)
     _last_failure.append(sentence)
     if folder := os.environ.get(EXIT_REPORT_DIR):
         rank = int(os.environ.get("RANK", "0"))  # set by PyTorch's launcher
-        report = {"rank": rank, "code": code, "sentence": sentence, "meant": user_error}
+        report = {"rank": rank, "code": code, "sentence": sentence, "meant": user_error, "lost": lost}
         with suppress(OSError):  # a full disk must not hide the reason of the failure, which the log has too
             atomic_files.write_json(Path(folder) / f"{rank}.json", report)
 

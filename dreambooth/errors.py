@@ -12,6 +12,9 @@
 Every other exception is an internal fault: the traceback is printed, and the exit code is 1.
 """
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 # Name of the environment variable with the path of a folder. Every failed process writes a report for its parent
 # process to RANK.json in this folder.
 EXIT_REPORT_DIR = "DREAMBOOTH_ENDS"
@@ -65,3 +68,12 @@ class Diverged(DreamBoothError):
     """The loss is no longer a finite number, or fp16 gradients overflow step after step."""
 
     exit_code = 6
+
+
+def choose_report(reports: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the exit report that says best why a job of several processes has failed.
+
+    Processes that wait for a failed one report its loss or internal errors, which are only consequences. Of the others,
+    that of the first process is returned.
+    """
+    return min(reports, key=lambda report: (report.get("lost", False), not report["meant"], report["rank"]))

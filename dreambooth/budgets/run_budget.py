@@ -111,7 +111,7 @@ def _count(recipe: Recipe, hours: float) -> None:
 
 def _used_by_others(recipe: Recipe) -> tuple[float, float]:
     """Return the hours and the US dollars of the other runs of the sweep."""
-    for run_dir in launched_jobs.exchange.earlier_runs:
+    for run_dir in launched_jobs.study_jobs.earlier_runs:
         if run_dir not in _sweep:
             hours = used_hours(run_dir)
             _sweep[run_dir] = hours, hours * (_price(recipe) or 0.0)

@@ -65,7 +65,7 @@ class Follower:
         self._spending, self._search = spending, search
         self.over_budget = ""  # which limit was reached, once it is
         self._to_stop: set[int] = set()  # jobs that must be asked to stop: the limit was reached, or they are pruned
-        self._asked: set[int] = set()  # jobs that were asked to stop
+        self._stop_requested: set[int] = set()  # jobs that were asked to stop
 
     def run(self) -> list[JobState]:
         """Submit all jobs, poll them until all have ended, and return their final states in the order of `jobs`.
@@ -76,10 +76,12 @@ class Follower:
         """
         pause = self._poll_seconds
         try:
-            with Live(self._table(), console=self._rich, auto_refresh=False) as live:
+            # The table of a thousand jobs takes longer than a poll: it is made only where it is shown.
+            with Live(get_renderable=self._table, console=self._rich, auto_refresh=False) as live:
                 while True:
                     pause = self._poll_seconds if self._update_jobs() else min(pause * 2, MAX_PAUSE)
-                    live.update(self._table(), refresh=self._rich.is_terminal)
+                    if self._rich.is_terminal:
+                        live.refresh()
                     if all(state.ended for state in self.states):
                         return self.states
                     self._sleep(pause)
@@ -104,13 +106,16 @@ class Follower:
                 answered = self._handle_no_answer(error)
         if self._spending:
             self._keep_budget(self._spending)
-        answered &= self._stop_asked()
+        answered &= self._send_stop_requests()
         exhausted: set[str] = set()  # instance types whose quota is used up
+        running = len(self._running())
         for number, job in enumerate(self.jobs):
             if not answered:
                 break
             if self.states[number].status in (WAITING, SUBMITTING) and job.instance_type not in exhausted:
-                answered = self._submit(number, job, exhausted)
+                others = running - self.states[number].may_be_billed
+                answered = self._submit(number, job, exhausted, others)
+                running = others + self.states[number].may_be_billed
         if answered:
             self._printed_errors.clear()
         return answered
@@ -118,7 +123,7 @@ class Follower:
     def _prune_job(self, number: int) -> None:
         """Let the search decide whether a running job is stopped, from the value that it has reported last."""
         job, state = self.jobs[number], self.states[number]
-        if self._search is None or state.ended or number in self._asked:
+        if self._search is None or state.ended or number in self._stop_requested:
             return
         if not self._search.is_pruned(job.number):
             if not state.reported or not self._search.prune(job.number, *state.reported):
@@ -126,7 +131,7 @@ class Follower:
             self._console.say(f"{job.name} is stopped after step {state.reported[0]}: other trials were better")
         self._to_stop.add(number)
 
-    def _stop_asked(self) -> bool:
+    def _send_stop_requests(self) -> bool:
         """Stop the jobs that must be asked to. Return False if the backend did not answer."""
         answered = True
         for number in tuple(self._to_stop):
@@ -141,7 +146,7 @@ class Follower:
                 answered = self._handle_no_answer(error)
                 continue
             self._to_stop.remove(number)
-            self._asked.add(number)
+            self._stop_requested.add(number)
             if not running and self.states[number].status == SUBMITTING:
                 self._set_state(number, self._not_started())
         return answered
@@ -167,12 +172,14 @@ class Follower:
             for number in waiting:
                 self._set_state(number, self._not_started())
 
-    def _submit(self, number: int, job: Job, exhausted: set[str]) -> bool:
+    def _submit(self, number: int, job: Job, exhausted: set[str], running: int) -> bool:
         """Submit a job if fewer than max_parallel jobs are running. Return False if the backend did not answer.
 
         If the quota of the job's instance type is used up, add the type to `exhausted`.
+
+        Args:
+            running: number of other jobs that may be running.
         """
-        running = sum(state.may_be_billed for other, state in enumerate(self.states) if other != number)
         if running >= self._max_parallel or (
                 self._spending and running and not self._spending.holds(job, self.jobs, self.states)):
             return True

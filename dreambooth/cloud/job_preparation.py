@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.cloud import job_inputs, sdk_defaults, secrets
-from dreambooth.cloud.job import Job, Spending
+from dreambooth.cloud.job import Job, Search, Spending
 from dreambooth.cloud.job_inputs import Inputs
 from dreambooth.cloud.training_job_request import (
     JobSettings,
@@ -84,7 +84,7 @@ def read_budget(composed: Sequence[LauncherJob]) -> RunBudget:
 
 
 def prepare_jobs(composed: Sequence[LauncherJob], sweep: str, backend: Any, mode: str,
-                 check: Callable[[list[Job]], None] | None = None) -> list[Job]:
+                 check: Callable[[list[Job]], None] | None = None, search: Search | None = None) -> list[Job]:
     """Check and build all jobs of a sweep, upload their inputs, and return the jobs, which are ready to be submitted.
 
     Args:
@@ -93,6 +93,7 @@ def prepare_jobs(composed: Sequence[LauncherJob], sweep: str, backend: Any, mode
         mode: hydra.launcher.mode, aws or docker.
         check: called with the jobs before anything is uploaded; raises if they pass the budget. None: check the budget
             of these jobs alone.
+        search: knows which jobs it has ended early; these are never submitted again. None: none.
 
     Raises:
         ConfigError: jobs have problems; the message has one line per problem. Nothing was uploaded or submitted.
@@ -114,7 +115,8 @@ def prepare_jobs(composed: Sequence[LauncherJob], sweep: str, backend: Any, mode
         *backend.find_problems(job.request), *(secrets.find_credentials(job.request) if job.defaults else ()))])
     (check or Spending(read_budget(composed)).check)(jobs)
     inputs.upload()
-    return [_build_job(*item, sweep, backend, mode, inputs, defaults, submit=True) for item in checked]
+    return [_build_job(*item, sweep, backend, mode, inputs, defaults,
+                       submit=search is None or not search.is_pruned(item[0].number)) for item in checked]
 
 
 def describe_jobs(jobs: Sequence[Job], mode: str = "aws") -> Iterator[str]:
@@ -227,7 +229,7 @@ def _build_job(composed: LauncherJob, run: Config, plan: Mapping[str, Any], swee
     Args:
         defaults: the SageMaker SDK's defaults, which are added to the request.
         submit: whether the job is about to be submitted. If hydra.launcher.resubmit is also true, a job that has failed
-            before gets a new name.
+            before gets a new name. The job of a pruned trial keeps its name, so that only its end is read.
     """
     settings, number, overrides = _job_settings(composed), composed.number, composed.overrides
     price, spot_usd_hour = composed.price_usd_hour, None

@@ -7,6 +7,7 @@ their values by name; the CSV file has a column for each, and the column `pareto
 import csv
 import io
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -97,7 +98,7 @@ def write_table(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Pa
     SWEEP stands for the argument `sweep`. Rows are sorted by objective, best (lowest) first. Rows without an objective
     come last. With several objectives, the rows of the Pareto front come first.
     """
-    front = [row["number"] for row in front_rows(table)]
+    front = {row["number"] for row in front_rows(table)}
     ordered = [_with_columns(row, row["number"] in front) if front else row for row in sorted(table, key=lambda row: (
         row["number"] not in front, row["objective"] is None, row["objective"] or 0.0, row["number"]))]
     keys = list(dict.fromkeys([*FIXED_COLUMNS, *(key for row in ordered for key in row)]))
@@ -113,14 +114,24 @@ def write_table(folder: Path, sweep: str, table: Sequence[dict[str, Any]]) -> Pa
 
 
 def front_rows(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows on the Pareto front, the best by the first objective first; [] with less than two objectives."""
-    rows = [row for row in table if row.get("objectives") and row["objective"] is not None
-            and all(map(math.isfinite, row["objectives"].values()))]
-    names = list(rows[0]["objectives"]) if rows else []
-    rows = [row for row in rows if list(row["objectives"]) == names]
-    on_front = pareto_front([[row["objectives"][name] for name in names] for row in rows],
-                            [better_direction(name) for name in names])
-    return sorted((row for row, on in zip(rows, on_front, strict=True) if on), key=lambda row: float(row["objective"]))
+    """Return the rows on the Pareto front, the best by the first objective first; [] as in `find_front`."""
+    on_front = find_front([(row.get("objectives") or {}) if row["objective"] is not None else {} for row in table])
+    return sorted((table[i] for i in on_front), key=lambda row: float(row["objective"]))
+
+
+def find_front(objectives: Sequence[Mapping[str, float]]) -> list[int]:
+    """Return which runs are on the Pareto front, as indices; [] with less than two objectives, or if they differ.
+
+    Args:
+        objectives: of each run, by name; {} for a run that is not finished. A run with a value that is not finite
+            counts as such a run.
+    """
+    done = [i for i, values in enumerate(objectives) if values and all(map(math.isfinite, values.values()))]
+    if len(names := {tuple(objectives[i]) for i in done}) != 1:
+        return []
+    directions = [better_direction(name) for name in names.pop()]
+    on_front = pareto_front([list(objectives[i].values()) for i in done], directions)
+    return [i for i, on in zip(done, on_front, strict=True) if on]
 
 
 def pareto_front(points: Sequence[Sequence[float]], directions: Sequence[Direction]) -> list[bool]:
@@ -135,8 +146,16 @@ def pareto_front(points: Sequence[Sequence[float]], directions: Sequence[Directi
     """
     signs = [1 if direction is Direction.max else -1 for direction in directions]
     signed = [[sign * value for sign, value in zip(signs, point, strict=True)] for point in points]
-    return [not any(other != point and all(a >= b for a, b in zip(other, point, strict=True)) for other in signed)
-            for point in signed]
+    front: list[list[float]] = []
+    on_front = [False] * len(points)
+    # A point can only be dominated by one that is before it in this order, and then by one of the front. Of the front
+    # of two objectives, the last point has the best second value.
+    for i in sorted(range(len(points)), key=signed.__getitem__, reverse=True):
+        point, rivals = signed[i], front[-1:] if len(directions) == 2 else front
+        on_front[i] = not any(rival != point and all(map(operator.ge, rival, point)) for rival in rivals)
+        if on_front[i]:
+            front.append(point)
+    return on_front
 
 
 def describe_front(table: Sequence[dict[str, Any]]) -> list[str]:
@@ -206,10 +225,16 @@ def next_commands(sweep: str, run_root: Path, table: Sequence[dict[str, Any]] = 
     options, rule = {"sweep": sweep, "run_root": str(run_root)}, {}
     if front := front_rows(table):
         values = list(front[len(front) // 2]["objectives"].items())[1:]
-        rule = {"rule": ",".join(  # rounded so that the run satisfies it
-            f"{name}>={math.floor(value * 1e4) / 1e4:g}" if better_direction(name) is Direction.max
-            else f"{name}<={math.ceil(value * 1e4) / 1e4:g}" for name, value in values)}
+        rule = {"rule": ",".join(_condition(name, value) for name, value in values)}
     return [quoting.command("compare", options), quoting.command("promote", options | rule)]
+
+
+def _condition(name: str, value: float) -> str:
+    """Return the condition of a rule with a rounded bound that a run with this value of an objective satisfies."""
+    least = better_direction(name) is Direction.max
+    text = f"{(math.floor if least else math.ceil)(value * 1e4) / 1e4:g}"
+    satisfied = float(text) <= value if least else value <= float(text)
+    return f"{name}{'>=' if least else '<='}{text if satisfied else repr(value)}"
 
 
 def log_sweep(table_path: Path, sweep: str, table: Sequence[dict[str, Any]], kind: str, uri: str | None,

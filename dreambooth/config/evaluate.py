@@ -198,10 +198,7 @@ def parse_measure(text: str, measured: Mapping[str, str]) -> tuple[dict[str, flo
         ValueError: as in `parse_sum`.
     """
     weights = parse_sum(text, measured)
-    if "+" in text or "*" in text:
-        return weights, Direction.max
-    [(name, sign)] = weights.items()
-    return {name: 1.0}, Direction.max if sign > 0 else Direction.min
+    return weights if _is_sum(text) else dict.fromkeys(weights, 1.0), better_direction(text)
 
 
 def parse_sum(text: str, measured: Mapping[str, str]) -> dict[str, float]:
@@ -264,13 +261,17 @@ def require_one_objective(text: str) -> None:
                         "evaluate.objective=ONE, or run the sweep with python -m dreambooth.train -m")
 
 
+def _is_sum(text: str) -> bool:
+    return "+" in text or "*" in text
+
+
 def better_direction(objective: str) -> Direction:
     """Return the direction in which one of several objectives becomes better. A greater sum of measures is better.
 
     Raises:
         ValueError: no measure has this name. The message is the end of a sentence that begins with the key.
     """
-    if "+" in objective or "*" in objective:
+    if _is_sum(objective):
         return Direction.max
     papers = {name: role for (role, _), name in _PAPER_NAMES.items()}
     role = papers.get(objective) or next((role for role in HIGHER_IS_BETTER if objective == role

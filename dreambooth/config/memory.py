@@ -62,7 +62,8 @@ def sharding_problems(memory: Memory, low_rank: bool, dtype: Dtype, kind: Optimi
         return
     off = "or memory.fully_shard=false"
     if low_rank:
-        yield f"memory.fully_shard=true splits trained weights, and an adapter has few: type method=full, {off}"
+        yield ("memory.fully_shard=true splits trained weights, and an adapter has few: type memory.fully_shard=false, "
+               "or method=full")
     if not kind.allows_sharding:
         yield (f"memory.fully_shard=true gives each process a part of every weight, with which optimizer={kind.value} "
                f"computes other numbers or is not tested: type optimizer=adamw, optimizer=lion, {off}")

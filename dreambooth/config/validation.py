@@ -47,7 +47,7 @@ def problems(config: Config, device: str, machine: Machine | None) -> Iterator[s
     validate_every = config.train.validate_every if config.dataset.holds_out_photos else None
     yield from evaluate.problems(config.evaluate, config.dataset.subjects[0].class_prompt or "", config.model.source,
                                  validate_every, config.train.stop_when.measure)
-    yield from _memory_problems(config)
+    yield from _memory_problems(config, device)
     yield from _optimizer_problems(config)
     if config.evaluate.promote and len(evaluate.split_objectives(config.evaluate.objective)) > 1:
         yield ("evaluate.promote=true compares one objective, and evaluate.objective has several: type "
@@ -168,11 +168,15 @@ def _subject_problems(config: Config, prefix: str, subject: Subject | Dataset) -
 def _output_preservation_problems(config: Config) -> Iterator[str]:
     """Yield the problems of prior.kind=output, except those of its subjects."""
     if not config.prior.with_prior_preservation:
-        yield ("prior.kind=output is a kind of prior preservation, which is off: type "
-               "prior.with_prior_preservation=true, or prior.kind=class_images")
+        # A global batch size does not go with it, see batch_problems.
+        turn_on = "prior.with_prior_preservation=true, or " if config.train.global_batch_size is None else ""
+        yield f"prior.kind=output is a kind of prior preservation, which is off: type {turn_on}prior.kind=class_images"
     if not config.method.low_rank:
+        memory = config.memory  # these options do not work with an adapter
+        has_lever = memory.fully_shard or memory.offload_optimizer or memory.weights is Weights.half
+        adapter = "" if has_lever or config.optimizer.kind is OptimizerKind.muon else "method=lora, or "
         yield (f"prior.kind=output needs the base model's predictions, and method={config.method.name} changes the "
-               "base model itself: type method=lora, or prior.kind=class_images")
+               f"base model itself: type {adapter}prior.kind=class_images")
 
 
 def _held_out_problems(config: Config) -> Iterator[str]:
@@ -244,7 +248,7 @@ def _speed_problems(config: Config) -> Iterator[str]:
                "type train.channels_last=false")
 
 
-def _memory_problems(config: Config) -> Iterator[str]:
+def _memory_problems(config: Config, device: str) -> Iterator[str]:
     memory, train = config.memory, config.train
     yield from sharding_problems(memory, config.method.low_rank, config.precision.dtype, config.optimizer.kind,
                                  train.compile, train.channels_last)
@@ -260,11 +264,12 @@ def _memory_problems(config: Config) -> Iterator[str]:
                "type memory.gradient_checkpointing=true, or memory.split_prior=false")
     half = memory.weights is Weights.half
     if half and config.precision.dtype is Dtype.fp32:
-        yield ("memory.weights=half stores weights in the compute precision: type precision=bf16, precision=fp16 "
-               "or memory.weights=full")
+        on_gpu = ", precision=fp16" if device == "cuda" and not memory.fully_shard else ""
+        yield (f"memory.weights=half stores weights in the compute precision: type precision=bf16{on_gpu}, or "
+               "memory.weights=full memory.rounding=null")
     if half and memory.rounding is None:
-        yield ("memory.weights=half loses small updates by rounding to nearest: type memory.rounding=stochastic "
-               "or memory.rounding=kahan")
+        kahan = ", or memory.rounding=kahan" * (config.optimizer.kind is not OptimizerKind.adafactor)
+        yield f"memory.weights=half loses small updates by rounding to nearest: type memory.rounding=stochastic{kahan}"
     if half and memory.offload_optimizer:
         yield ("memory.offload_optimizer=true computes with half weights already, and keeps fp32 weights on the host: "
                "type memory.weights=full memory.rounding=null")
@@ -277,7 +282,11 @@ def _memory_problems(config: Config) -> Iterator[str]:
             yield (f"memory.swap_blocks={memory.swap_blocks} moves frozen blocks between passes: type "
                    f"{' '.join(needed)}, or memory.swap_blocks=null")
     if memory.rounding is not None and not half:
-        yield "memory.rounding applies to half weights only: type memory.weights=half, or memory.rounding=null"
+        possible = not (memory.fully_shard or memory.offload_optimizer or config.method.low_rank or train.channels_last
+                        or train.text_encoder_learning_rate is not None
+                        or not config.optimizer.kind.allows_half_weights)
+        needed = "memory.weights=half" + " precision=bf16" * (config.precision.dtype is Dtype.fp32)
+        yield ("memory.rounding applies to half weights only: type memory.rounding=null" + f", or {needed}" * possible)
     if train.use_ema and train.max_train_steps % memory.ema_every:
         yield (f"memory.ema_every={memory.ema_every} would leave the last steps out of the EMA: type a "
                "train.max_train_steps that is a multiple of it, or memory.ema_every=1")

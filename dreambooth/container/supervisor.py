@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from dreambooth.errors import EXIT_REPORT_DIR, Interrupted
+from dreambooth.errors import EXIT_REPORT_DIR, Interrupted, choose_report
 from dreambooth.utils import atomic_files
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -82,8 +82,7 @@ class Supervisor:
         reports = [report for path in sorted(folder.glob("[0-9]*.json")) if (report := _read_report(path))]
         # A killed process writes no report, and the reports of other processes describe only consequences.
         if code and reports and code != -signal.SIGKILL:
-            # Processes that wait for a failed process report internal errors. Prefer a user-facing error ("meant").
-            report = min(reports, key=lambda report: (not report["meant"], report["rank"]))
+            report = choose_report(reports)
             return ExitStatus(report["code"], report["sentence"])
         if code < 0 and -code in self._signals:
             return self._report_interruption(stopped)

@@ -50,7 +50,7 @@ class FullyShardedModel:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.new_zeros(1).expand(parameter.shape)  # a shape without memory
-        self._kept: dict[str, Tensor] | None = None
+        self._result: dict[str, Tensor] | None = None
 
     def weights(self) -> dict[str, Tensor]:
         """Return this process's part of the trained weights, by name. The tensors share the memory of the weights."""
@@ -62,13 +62,13 @@ class FullyShardedModel:
         Args:
             shards: this process's part of the trained weights, or of their averages, by name.
         """
-        if self._kept is not None:
-            return {name: tensor.to(self.engine.device) for name, tensor in self._kept.items()}
+        if self._result is not None:
+            return {name: tensor.to(self.engine.device) for name, tensor in self._result.items()}
         return dict(self._gather(shards))
 
-    def keep(self, shards: Mapping[str, Tensor]) -> None:
+    def store_result(self, shards: Mapping[str, Tensor]) -> None:
         """Gather whole tensors in the host memory of the main process, which then needs no other process to export."""
-        self._kept = self.collect(shards)
+        self._result = self.collect(shards)
 
     def collect(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return whole tensors in host memory, by name. In all processes but the main one, return {}."""

@@ -19,8 +19,8 @@ from dreambooth.utils import atomic_files
 from dreambooth.utils.console import Console
 from dreambooth.utils.signals import StopRequest
 
-RESULT_FILES = (".hydra", "model", "samples", "contact_sheet.png", "evaluation.json", "metrics.jsonl", "result.json",
-                "run.json")
+RESULT_FILES = (".hydra", "model", "samples", "budget.json", "contact_sheet.png", "evaluation.json", "metrics.jsonl",
+                "result.json", "run.json")
 POLL_SECONDS = 5.0  # seconds between two checks for new checkpoints
 MAX_RETRY_SECONDS = 600.0  # longest pause before a failed copy is retried
 log = logging.getLogger(__name__)

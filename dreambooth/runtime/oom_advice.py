@@ -52,8 +52,13 @@ def _exact_options(recipe: Recipe) -> Iterator[str]:
 def _concessions(recipe: Recipe) -> Iterator[str]:
     """Yield options that save memory and change the results, in order of increasing effect."""
     memory, train, kind = recipe.memory, recipe.train, recipe.optimizer.kind
-    if train.train_batch_size > 1:
-        yield "train.train_batch_size=1"
+    # With a global batch size, a smaller batch makes more micro-batches. Fully sharded, all processes need the same
+    # number of them: with one photo each, those with one photo less would have one micro-batch less.
+    photos = train.global_batch_size
+    least = 2 if memory.fully_shard and photos is not None and photos % recipe.hardware.gpus else 1
+    if train.train_batch_size > least:
+        several = memory.optimizer_in_backward and photos is not None and photos > least
+        yield f"train.train_batch_size={least}" + " memory.optimizer_in_backward=false" * several
     if recipe.method.low_rank:  # weights, optimizer state and EMA of an adapter are too small to save anything
         if recipe.with_prior and not memory.split_prior:
             yield "memory.split_prior=true memory.optimizer_in_backward=false"

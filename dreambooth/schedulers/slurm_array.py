@@ -11,7 +11,7 @@ from shlex import quote
 from typing import Any
 
 from dreambooth.config.evaluate import read_objective
-from dreambooth.errors import EXIT_REPORT_DIR, ConfigError, Interrupted, UserError
+from dreambooth.errors import EXIT_REPORT_DIR, ConfigError, Interrupted, UserError, choose_report
 from dreambooth.schedulers import slurm
 from dreambooth.utils import atomic_files
 
@@ -113,7 +113,7 @@ def _end(task: Task, folder: Path, number: int, state: str) -> End:
     """Return how a task ended, from the exit reports of its processes, or else from the result of its run."""
     paths = sorted((folder / REPORTS / str(number)).glob("*.json"))
     if reports := [report for path in paths if (report := atomic_files.read_object(path))]:
-        report = min(reports, key=lambda report: (not report["meant"], report["rank"]))
+        report = choose_report(reports)
         return End(None, int(report["code"]), str(report["sentence"]))
     if (value := read_objective(atomic_files.read_object(task.run_dir / "result.json") or {})) is not None:
         return End(value)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ def _unique_names(trials: Sequence[Trial], keys: Sequence[str]) -> list[str]:
     If several trials have the same title, each of their names ends with the hash in the name of the trial's run folder.
     """
     names = [trial_title(trial, keys) for trial in trials]
-    return [name if names.count(name) == 1 else f"{name} {trial.folder.name.rpartition('-')[2]}"
+    count = Counter(names)
+    return [name if count[name] == 1 else f"{name} {trial.folder.name.rpartition('-')[2]}"
             for name, trial in zip(names, trials, strict=True)]
 
 

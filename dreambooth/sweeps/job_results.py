@@ -51,8 +51,8 @@ def choose(results: str, out: Path) -> str:
         if not trials:
             raise UserError(f"there is no result of a job in {results or 'the folder'}: see the logs of the training "
                             "jobs, or type --results DIR")
-        best = choose_best(trials, results, RULES)
-        address, objective = addresses[best.folder], best.objective(best.objective_name)
+        best, name = choose_best(trials, results, RULES)
+        address, objective = addresses[best.folder], best.objective(name)
         # Texts, because properties of a registered model are texts.
         atomic_files.write_json(out / BEST_FILE, {
             "model": address, "objective": f"{objective:.6g}", "name": best.objective_name,

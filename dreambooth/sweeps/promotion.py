@@ -111,17 +111,18 @@ def promote(sweep: str, run_root: Path, options: PromotionOptions) -> dict[str, 
     atomic_files.check_writable(run_root, "make the folder writable, for promoted.json")
     if not finished:
         raise UserError(f"none of the {len(trials)} runs of the sweep {sweep} is finished: repeat its command")
-    objective = front_rules.resolve_objective(_common_objective(finished, options.objective), options.rule)
+    best, objective = choose_best(finished, sweep, options)
     options = replace(options, objective=objective)
-    best = choose_best(finished, sweep, options)
     export_layout.check_intact(best.folder / (best.result or {})["model"])
     record = _register(best, options, sweep, as_candidate=False)
     atomic_files.write_json(run_root / "promoted.json", record)
     return record
 
 
-def choose_best(finished: Sequence[Trial], sweep: str, options: PromotionOptions) -> Trial:
+def choose_best(finished: Sequence[Trial], sweep: str, options: PromotionOptions) -> tuple[Trial, str]:
     """Return the trial with the lowest objective among those that satisfy rules 1, 3 and 4 of this module.
+
+    Return the name of this objective, too: of several, the one that the rule leaves.
 
     Args:
         finished: trials that have a result.
@@ -147,7 +148,7 @@ def choose_best(finished: Sequence[Trial], sweep: str, options: PromotionOptions
         raise UserError(f"nothing to promote in the sweep {sweep}: " + (
             f"{'; '.join(filter(None, reasons))}: type {' or '.join(keys)} to allow it" if ranked else
             f"no finished run measured {objective}: type {options.key_prefix}objective=instance_loss"))
-    return best
+    return best, objective
 
 
 def register_run(run_dir: Path, options: PromotionOptions) -> dict[str, Any]:

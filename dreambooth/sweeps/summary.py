@@ -8,7 +8,6 @@ from typing import Any
 
 from dreambooth.cloud import sweep_results
 from dreambooth.cloud.job import COMPLETED, FAILED, PRUNED
-from dreambooth.config.evaluate import better_direction
 from dreambooth.runs.pruning import PRUNED_FILE
 from dreambooth.sweeps.trials import Trial, find_trials, read_scores
 from dreambooth.tracking.svg_charts import format_setting
@@ -87,11 +86,8 @@ def common_objectives(trials: Sequence[Trial]) -> list[str]:
 
 def find_front(trials: Sequence[Trial]) -> set[Path]:
     """Return the folders of the trials on the Pareto front; an empty set if there are no several objectives."""
-    names = common_objectives(trials)
-    done = [trial for trial in trials if names and trial.objectives and finished_objective(trial) is not None]
-    on_front = sweep_results.pareto_front([list(trial.objectives.values()) for trial in done],
-                                          [better_direction(name) for name in names])
-    return {trial.folder for trial, on in zip(done, on_front, strict=True) if on}
+    return {trials[i].folder for i in sweep_results.find_front(
+        [{} if finished_objective(trial) is None else trial.objectives for trial in trials])}
 
 
 def parallel_axes(trials: Sequence[Trial]) -> dict[str, list[str | float]]:

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,10 @@ _MARGINS = {  # setting -> role of the measure, and difference between the defau
 
 @dataclass(frozen=True)
 class Trial:
-    """A run, read from its run folder. Usually it is one trial of a sweep."""
+    """A run, read from its run folder. Usually it is one trial of a sweep.
+
+    What is derived from the files is derived once: the commands ask each of a thousand trials many times.
+    """
 
     folder: Path
     params: dict[str, str] = field(default_factory=dict)  # settings that MLflow shows as params
@@ -57,7 +61,7 @@ class Trial:
     result: dict[str, Any] | None = None  # content of result.json; None: the run is not finished
     photos: str | None = None  # digest of the training photos; None: the journal contains no digest
 
-    @property
+    @cached_property
     def finished(self) -> bool:
         """Whether the trial has a result and a completely exported model."""
         return self.result is not None and export_layout.is_exported(self.folder / self.result["model"], *self.method)
@@ -67,7 +71,7 @@ class Trial:
         """The settings method.kind and method.merge. They determine whether an adapter or a whole model is exported."""
         return self.settings.get("method.kind", "full"), self.settings.get("method.merge") == "True"
 
-    @property
+    @cached_property
     def scores(self) -> dict[str, float]:
         """The scores of the exported model: its instance_loss, and the value of each measure, by name.
 
@@ -76,7 +80,7 @@ class Trial:
         result = self.result or {}
         return read_scores({INSTANCE_LOSS: result.get("objective"), **(result.get("scores") or {})})
 
-    @property
+    @cached_property
     def measure_roles(self) -> dict[str, str]:
         """What each measure of the run measures (its role, such as class_similarity), by name of the measure.
 
@@ -98,7 +102,7 @@ class Trial:
         """The setting evaluate.objective of this run."""
         return self.settings.get("evaluate.objective", INSTANCE_LOSS)
 
-    @property
+    @cached_property
     def objectives(self) -> dict[str, float]:
         """The value of each of several objectives, by name; {} if there is one, or one of them is not finite."""
         try:

@@ -52,8 +52,27 @@ def reason_to_stop(rule: StopWhen, mode: Direction, values: Mapping[int, float])
     return None
 
 
+class _AfterMeasurements:
+    """Base class of a hook that is called after the hooks that measure, and once before the first step."""
+
+    setup: Setup
+
+    def due(self, step: int) -> bool:
+        return False  # the hooks that measure are due
+
+    def __call__(self, info: StepInfo) -> None:
+        self.check(info.step)
+
+    def before_training(self) -> None:
+        """Check the step from which the run resumes, too: the process may have been killed before it did."""
+        self.check(self.setup.state.step)
+
+    def check(self, step: int) -> None:
+        raise NotImplementedError
+
+
 @dataclass
-class EarlyStopping:
+class EarlyStopping(_AfterMeasurements):
     """Hook that decides after each measurement of train.stop_when.measure whether the run ends.
 
     The decision is a function of the measured values, which are in each checkpoint. A run that is killed and repeated
@@ -76,16 +95,6 @@ class EarlyStopping:
         if rule.measure is not None:
             self._weights, self._mode = parse_measure(rule.measure, self.recipe.measure_roles)
             self._mode = rule.mode or self._mode
-
-    def due(self, step: int) -> bool:
-        return False  # the hooks that measure are due
-
-    def __call__(self, info: StepInfo) -> None:
-        self.check(info.step)
-
-    def before_training(self) -> None:
-        """Decide again after the step from which the run resumes."""
-        self.check(self.setup.state.step)
 
     def reached(self) -> bool:
         """Return whether the run ends before train.max_train_steps."""
@@ -117,7 +126,7 @@ class EarlyStopping:
 
 
 @dataclass
-class PruningHook:
+class PruningHook(_AfterMeasurements):
     """Hook that reports each measurement to the search that has started the run, and ends the run on its request.
 
     Without a search, the hook does nothing. It is called after the hooks that measure and after EarlyStopping.
@@ -147,15 +156,8 @@ class PruningHook:
             raise UserError(f"hydra/sweeper/pruner compares {name} from time to time: type evaluate.every=50, steps "
                             "between evaluations")
 
-    def due(self, step: int) -> bool:
-        return False  # the hooks that measure are due
-
-    def __call__(self, info: StepInfo) -> None:
-        self.check(info.step)
-
     def before_training(self) -> None:
-        """Report the step from which the run resumes, too: the process may have been killed before it did."""
-        self.check(self.setup.state.step)
+        super().before_training()
         (self.recipe.run_dir / pruning.PRUNED_FILE).unlink(missing_ok=True)  # a pruned run that goes on
 
     def check(self, step: int) -> None:

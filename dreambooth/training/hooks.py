@@ -193,7 +193,7 @@ def keep_result(setup: Setup) -> None:
     """With memory.fully_shard, give the main process the whole weights of the last step, to export them alone."""
     if setup.state.sharded is not None:
         setup.state.check_finite(setup.trained)
-        setup.state.sharded.keep(_result(setup))
+        setup.state.sharded.store_result(_result(setup))
 
 
 def _result(setup: Setup) -> dict[str, Tensor]:

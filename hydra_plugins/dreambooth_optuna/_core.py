@@ -82,12 +82,11 @@ class Recorder(Callback):
 
         if number in self.states or number not in self.trials:
             return
-        if number in launched_jobs.exchange.stopped:
+        if number in launched_jobs.study_jobs.stopped:
             self.states[number] = WAITING
             return
         try:
-            pruned = pruned or (self.is_pruned(number) and job_return.status is JobStatus.COMPLETED and isinstance(
-                job_return._return_value, float) and math.isnan(job_return._return_value))
+            pruned = pruned or number in launched_jobs.study_jobs.pruned
             values = None if pruned else _read_values(job_return, len(self.study.directions))
         except ValueError as error:
             folder = OmegaConf.select(job_return.hydra_cfg or OmegaConf.create(), "hydra.runtime.output_dir")
@@ -178,28 +177,29 @@ def sweep(settings: dict[str, Any], arguments: Sequence[str], *, hydra_context: 
         hydra_context.callbacks.callbacks.append(recorder)
         suggest = functools.partial(_suggest, space, conditions, settings["custom_search_space"], config)
         returns: list[Sequence[JobReturn]] = []
-        exchange = launched_jobs.exchange
-        exchange.earlier_runs, exchange.costs = studies.earlier_runs(study), studies.earlier_costs(study)
-        exchange.stopped.clear()
-        exchange.search = recorder if _prunes(settings) else None
+        study_jobs = launched_jobs.study_jobs
+        study_jobs.earlier_runs, study_jobs.costs = studies.earlier_runs(study), studies.earlier_costs(study)
+        study_jobs.stopped.clear()
+        study_jobs.pruned.clear()
+        study_jobs.search = recorder if _prunes(settings) else None
         while batch := studies.next_batch(study, settings["n_jobs"], n_trials, make_sampler, suggest,
-                                          exchange.stopped):
+                                          study_jobs.stopped):
             recorder.trials, recorder.states = {trial.number: trial for trial, _ in batch}, {}
             for first, overrides in _consecutive(batch):
-                known = dict(exchange.costs)
+                known = dict(study_jobs.costs)
                 try:
                     returns.append(launcher.launch(_with_budget(overrides, arguments), initial_job_idx=first))
                 finally:  # also after SystemExit: the budget is used up
-                    new = {name: cost for name, cost in exchange.costs.items() if known.get(name) != cost}
+                    new = {name: cost for name, cost in study_jobs.costs.items() if known.get(name) != cost}
                     studies.record_job(study, first, None, new)
                 for number, job_return in enumerate(returns[-1], start=first):
                     recorder.tell(number, job_return)
             _write_results(study, folder)
             _check_failures(recorder.states, settings["max_failure_rate"], returns)
-        if exchange.stopped:
+        if study_jobs.stopped:
             again = " with hydra.launcher.resubmit=true" if "sagemaker" in _launcher_name(config) else ""
-            raise Interrupted(f"{counted(len(exchange.stopped), 'trial')} of the study {name} stopped before the end "
-                              f"({next(iter(exchange.stopped.values()))}): repeat the command{again} to continue")
+            raise Interrupted(f"{counted(len(study_jobs.stopped), 'trial')} of the study {name} stopped before the end "
+                              f"({next(iter(study_jobs.stopped.values()))}): repeat the command{again} to continue")
         if not returns:
             complete = points is not None and n_trials == len(points)
             larger = "" if complete else "a larger hydra.sweeper.n_trials to continue it, or "

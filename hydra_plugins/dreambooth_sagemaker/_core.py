@@ -172,7 +172,8 @@ def _run_on_backend(sweep: SweepState, configs: Sequence[DictConfig],
         spending = sweep.spending or Spending(budget, *launched_jobs.spent({job.name for job in jobs}))
         spending.check(sweep_results.jobs_to_run(jobs, sweep.done))
 
-    all_jobs = prepare_jobs(composed, sweep.name, backend, settings["mode"], check_budget)
+    search = launched_jobs.study_jobs.search
+    all_jobs = prepare_jobs(composed, sweep.name, backend, settings["mode"], check_budget, search)
     spending = sweep.spending = sweep.spending or Spending(
         budget, *launched_jobs.spent({job.name for job in all_jobs}))
     jobs = sweep_results.jobs_to_run(all_jobs, sweep.done)
@@ -187,14 +188,14 @@ def _run_on_backend(sweep: SweepState, configs: Sequence[DictConfig],
     follower = Follower(backend, jobs, max_parallel=max_parallel, poll_seconds=settings["poll_seconds"],
                         stop_on_interrupt=settings["on_interrupt"] == "stop", follow_hint=follow_hint,
                         spending=spending if spending.budget.limits else None,
-                        search=launched_jobs.exchange.search)
+                        search=search)
     try:
         states = [sweep_results.fail_without_objective(state) for state in follower.run()]
     except DreamBoothError:
         _report_partial(sweep, jobs, [sweep_results.fail_without_objective(state) for state in follower.states])
         raise
     finally:
-        launched_jobs.exchange.costs |= {
+        launched_jobs.study_jobs.costs |= {
             job.name: (state.cost_usd(job) or 0.0, max(state.seconds, state.billed_seconds or 0.0) / 3600)
             for job, state in zip(jobs, follower.states, strict=True)}
     spending.add(jobs, states)
@@ -222,7 +223,9 @@ def _job_return(config: DictConfig, job: Job, state: JobState) -> JobReturn:
     job_return.return_value = math.nan if state.status == PRUNED else sweep_results.returned_value(
         state) if completed else JobFailed(f"dreambooth: job {job.name} {state.status.lower()}: {state.reason}")
     if state.status == STOPPED:
-        launched_jobs.exchange.stopped[job.number] = f"job {job.name}: {state.reason}"
+        launched_jobs.study_jobs.stopped[job.number] = f"job {job.name}: {state.reason}"
+    if state.status == PRUNED:
+        launched_jobs.study_jobs.pruned.add(job.number)
     if not completed:  # Optuna goes on, and the command must not end with exit code 0
         job_failures.append(job_return._return_value)
     return job_return

@@ -92,7 +92,7 @@ def _job_return(job: DictConfig, overrides: Sequence[str], end: slurm_array.End)
     if end.objective is None:
         failure_reasons[Path(str(job.hydra.runtime.output_dir))] = end.reason
         if end.code == Interrupted.exit_code:
-            launched_jobs.exchange.stopped[job.hydra.job.num] = end.reason
+            launched_jobs.study_jobs.stopped[job.hydra.job.num] = end.reason
         error = UserError(end.reason)
         error.exit_code = end.code
         job_failures.append(error)

@@ -17,7 +17,7 @@ from dreambooth.errors import DoesNotFit, Interrupted
 from dreambooth.planner import auto_memory
 from dreambooth.planner.time_and_cost import Estimate, seconds_with_interruptions
 from dreambooth.runtime.engine import Engine
-from dreambooth.sweeps.launched_jobs import exchange
+from dreambooth.sweeps.launched_jobs import study_jobs
 from dreambooth.utils import atomic_files
 from dreambooth.utils.signals import StopRequest
 from tests.support import faults
@@ -76,7 +76,7 @@ def test_a_continued_study_counts_the_runs_of_its_earlier_commands(
     earlier, again = (recipe_of(tmp_path / name, max_hours=2.0) for name in ("earlier", "again"))
     use(earlier, 1.5)
     use(again, 0.6)
-    monkeypatch.setattr(exchange, "earlier_runs", [earlier.run_dir, again.run_dir])
+    monkeypatch.setattr(study_jobs, "earlier_runs", [earlier.run_dir, again.run_dir])
     with pytest.raises(Interrupted, match=r"budget.max_hours=2 is used up \(2.1 h\)"), \
             run_budget.limit_run(again, StopRequest(), Engine(), None):
         pass

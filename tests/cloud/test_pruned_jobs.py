@@ -1,6 +1,7 @@
 """Jobs of a study of Optuna: a bad one is stopped, one that somebody has stopped is taken up again, costs are kept."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,16 @@ from omegaconf import OmegaConf
 
 from dreambooth.cloud import training_job_request
 from dreambooth.cloud.job import COMPLETED, RUNNING, STOPPED, Job, JobState
+from dreambooth.cloud.job_preparation import prepare_jobs
+from dreambooth.cloud.sagemaker_backend import SageMakerBackend
 from dreambooth.cloud.training_job_request import JobSettings, build_request
 from dreambooth.errors import Interrupted, UserError
 from dreambooth.runs import pruning
-from dreambooth.sweeps.launched_jobs import exchange, spent
+from dreambooth.sweeps.launched_jobs import spent, study_jobs
+from dreambooth.sweeps.studies import PRUNED
 from hydra_plugins.dreambooth_optuna._core import Recorder
+from hydra_plugins.dreambooth_sagemaker import _prepare
+from tests.cloud.jobs import PHOTOS, config_of
 from tests.cloud.memory_backend import Cloud, jobs, read_table, run_on
 from tests.sweeps.test_optuna_sweeper import run_sweep
 
@@ -42,10 +48,11 @@ class Curves(Cloud):
 
 
 @pytest.fixture(autouse=True)
-def clean_exchange() -> Any:
+def clean_study_jobs() -> Any:
     yield
-    exchange.search, exchange.costs, exchange.earlier_runs = None, {}, []
-    exchange.stopped.clear()
+    study_jobs.search, study_jobs.costs, study_jobs.earlier_runs = None, {}, []
+    study_jobs.stopped.clear()
+    study_jobs.pruned.clear()
 
 
 def test_a_bad_job_is_stopped_and_the_next_one_takes_its_place(
@@ -61,7 +68,7 @@ def test_a_bad_job_is_stopped_and_the_next_one_takes_its_place(
             told.append(0)
         return state
 
-    exchange.search = recorder
+    study_jobs.search = recorder
     cloud = type("Cloud", (Curves,), {"poll": end_first})()
     returns = run_on(cloud, jobs(3), tmp_path, monkeypatch, max_parallel=1)
     assert cloud.stopped == ["j1"] and cloud.ended == ["j0", "j2"] and told == [0]
@@ -74,13 +81,47 @@ def test_a_bad_job_is_stopped_and_the_next_one_takes_its_place(
     assert recorder.is_pruned(1)  # kept in the study: a command that is killed now does not take the job for a failure
 
 
+def test_a_second_trial_with_the_settings_of_a_pruned_one_is_pruned_too(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = optuna.create_study(pruner=optuna.pruners.ThresholdPruner(upper=0.5))
+    recorder = Recorder(study, None, {number: study.ask() for number in range(3)})
+    study_jobs.search = recorder
+    same = jobs(3)
+    same[2] = replace(same[2], overrides=same[1].overrides)  # only the first of them is run
+    cloud = Curves()
+    for number, job_return in enumerate(run_on(cloud, same, tmp_path, monkeypatch)):
+        recorder.tell(number, job_return)
+    assert cloud.stopped == ["j1"] and "j2" not in cloud.left
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED", "PRUNED"]
+
+
+def test_the_job_of_a_pruned_trial_is_never_submitted_again(
+        environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command was killed after the trial was pruned, and is repeated with resubmit=true."""
+    class Stopped(SageMakerBackend):
+        def has_failed(self, name: str) -> bool:
+            return not name.endswith("-a1")
+
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    composed = _prepare.read_jobs([config_of("hardware=g4dn", "hydra.launcher.resubmit=true", *PHOTOS, number=number)
+                                   for number in range(2)])
+    study = optuna.create_study()
+    recorder = Recorder(study, None, {number: study.ask() for number in range(2)})
+    recorder.trials[0].set_user_attr(PRUNED, True)
+    names = [[job.name for job in prepare_jobs(composed, "mine", Stopped(), "aws", None, search)]
+             for search in (None, recorder)]
+    first = [job.request["HyperParameters"] for job in prepare_jobs(composed, "mine", Stopped(), "aws", None, recorder)]
+    assert first and names[0][1] == names[1][1] and names[0][0] != names[1][0]
+    assert not names[1][0].endswith("-a1") and names[0][0].startswith(names[1][0].rpartition("-")[0])
+
+
 def test_a_stop_that_is_refused_delays_no_other_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Refusing(Curves):
         def stop(self, job: Job) -> bool:
             raise UserError("the role must be allowed to stop jobs")
 
     study = optuna.create_study(pruner=optuna.pruners.ThresholdPruner(upper=0.5))
-    exchange.search = Recorder(study, None, {number: study.ask() for number in range(3)})
+    study_jobs.search = Recorder(study, None, {number: study.ask() for number in range(3)})
     cloud = Refusing()
     run_on(cloud, jobs(3), tmp_path, monkeypatch, max_parallel=1)
     assert cloud.ended == ["j0", "j1", "j2"]
@@ -103,11 +144,11 @@ class Jobs:
         returns = []
         for number, words in enumerate(overrides, initial_job_idx):
             self.launched.append((number, tuple(words)))
-            exchange.costs[f"job-{number}-{len(self.launched)}"] = (0.5, 0.25)
+            study_jobs.costs[f"job-{number}-{len(self.launched)}"] = (0.5, 0.25)
             result = JobReturn(hydra_cfg=OmegaConf.create(), status=JobStatus.COMPLETED)
             result.return_value = float(number)
             if number == 1 and self.stop:
-                result.status, exchange.stopped[1] = JobStatus.FAILED, "job j1: it was stopped"
+                result.status, study_jobs.stopped[1] = JobStatus.FAILED, "job j1: it was stopped"
             returns.append(result)
         return returns
 
@@ -124,7 +165,7 @@ def test_a_job_that_somebody_stopped_waits_for_the_next_command(
     run_sweep(lambda cfg: 0.0, tmp_path, *words)
     assert not launcher.environment
     assert launcher.launched[4:] == [launcher.launched[1]]
-    assert len(exchange.costs) == 5 and spent({"job-1-5"}) == (2.0, 1.0)  # four jobs of the first command
+    assert len(study_jobs.costs) == 5 and spent({"job-1-5"}) == (2.0, 1.0)  # four jobs of the first command
 
 
 def test_the_jobs_of_a_search_with_a_pruner_learn_what_to_report(

@@ -20,7 +20,7 @@ from dreambooth import cli, entrypoint
 from dreambooth.container.cluster import Cluster
 from dreambooth.container.sagemaker_paths import SageMakerPaths
 from dreambooth.container.supervisor import FORWARDED_SIGNALS, ExitStatus, Supervisor, _send_signal
-from dreambooth.errors import Interrupted, UserError
+from dreambooth.errors import Interrupted, LostProcess, OutOfMemory, UserError
 from dreambooth.storage import __main__ as storage_command
 from dreambooth.storage import folders
 from dreambooth.utils import atomic_files
@@ -159,6 +159,18 @@ def test_a_user_error_is_reported_before_internal_errors_of_other_ranks(tmp_path
         report = {"rank": rank, "code": 1 + rank, "sentence": f"rank {rank}", "meant": meant}
         (tmp_path / f"{rank}.json").write_text(json.dumps(report), encoding="utf-8")
     assert Supervisor()._exit_status(1, tmp_path) == ExitStatus(2, "rank 1")
+
+
+def test_the_reason_of_a_lost_process_is_reported_before_its_loss(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DREAMBOOTH_ENDS", str(tmp_path))
+    monkeypatch.setattr(cli, "_exit_codes", [])
+    monkeypatch.setattr(cli, "_last_failure", [])
+    for rank, error in enumerate((LostProcess("another process has ended"), OutOfMemory("memory ran out"))):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setattr(cli, "_mask_hydra_record", lambda: None)
+        cli.run_job(lambda error=error: (_ for _ in ()).throw(error), False)
+    assert Supervisor()._exit_status(1, tmp_path) == ExitStatus(4, "memory ran out")
 
 
 def test_an_exit_report_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -249,6 +249,26 @@ def test_advised_overrides_are_valid(values: dict[str, object], monkeypatch: pyt
     pytest.fail(f"{typed} is advised again")
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("lever", ["optimizer_in_backward", "fully_shard"])
+@pytest.mark.parametrize("photos", [None, 4, 5])
+def test_the_advised_batch_size_is_accepted_with_a_global_batch_size(
+        processes: int, lever: str, photos: int | None) -> None:
+    if (processes > 1) is (lever == "optimizer_in_backward"):
+        return  # it works in one process, or in several
+    values: dict[str, object] = {
+        "train__global_batch_size": photos, "train__train_batch_size": 5, "hardware__gpus": processes,
+        "memory__auto": False, f"memory__{lever}": True}
+    recipe = resolve_demo(**values)
+    words = next(oom_advice._concessions(recipe)).split()
+    assert words[0].startswith("train.train_batch_size=")
+    for word in words:
+        key, _, value = word.partition("=")
+        values[key.replace(".", "__")] = int(value) if value.isdecimal() else value == "true"
+    smaller = resolve_demo(**values)
+    setup._check_processes(smaller, Engine(world_size=processes, local_world_size=processes))
+
+
 def test_a_machine_with_four_gpus_is_not_used_for_one_process() -> None:
     recipe = resolve_demo(T4, hardware__gpus=4, memory__auto=False)
     cuda = torch.device("cuda")

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import random
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,31 @@ def root(tmp_path: Path) -> Path:
 def test_a_point_is_on_the_front_unless_another_dominates_it(
         points: list[tuple[float, float]], front: list[bool]) -> None:
     assert pareto_front(points, [Direction.max, Direction.min]) == front
+
+
+@pytest.mark.parametrize("objectives", [1, 2, 3])
+def test_the_front_is_what_a_comparison_of_all_pairs_finds(objectives: int) -> None:
+    draw = random.Random(objectives)
+    points = [tuple(draw.choice((0.0, 0.1, 0.2, draw.random())) for _ in range(objectives)) for _ in range(300)]
+    directions = [Direction.max, Direction.min, Direction.max][:objectives]
+
+    def dominates(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+        gains = [(a - b) * (1 if direction is Direction.max else -1)
+                 for a, b, direction in zip(one, other, directions, strict=True)]
+        return min(gains) >= 0 and max(gains) > 0
+
+    assert pareto_front(points, directions) == [not any(dominates(other, point) for other in points)
+                                                for point in points]
+
+
+@pytest.mark.parametrize("value", [0.1, 0.30000000000000004, 123.45678, 98765.4321, -0.00012345, 2.5e-9, -1e6 / 3])
+@pytest.mark.parametrize("name", ["class_drift", "diversity"])
+def test_the_printed_rule_admits_the_run_it_was_made_from(name: str, value: float) -> None:
+    row = {"job": "j", "number": 0, "objective": 0.5, "objectives": {"subject_similarity": 0.5, name: value}}
+    [word] = [word for word in shlex.split(next_commands("s", Path("runs"), [row])[1]) if word.startswith("rule=")]
+    [condition] = parse_rule(word.partition("=")[2].strip("'"))
+    assert value <= condition.bound if condition.sign == "<=" else value >= condition.bound
+    assert condition.name == name and abs(condition.bound - value) < 1.1e-4 + 1e-4 * abs(value)
 
 
 def test_several_objectives_are_a_list_and_each_has_its_direction() -> None:

@@ -84,7 +84,7 @@ def main(folder: Path, start: str, last: int) -> None:
     train(state, engine, last)
     saved = checkpoint.save(folder, state, model, engine.scaler, 2)
     whole = state.sharded.gathered(state.weights(model))
-    state.sharded.keep(state.averages(model) or {})
+    state.sharded.store_result(state.averages(model) or {})
     engine.barrier()
     weights = checkpoint.load_file(saved / "trained.safetensors")
     averages = checkpoint.load_file(saved / "ema.safetensors")

@@ -1,0 +1,294 @@
+"""Measures sweeps of 10, 100 and 1,000 runs in one MLflow: python -m benchmarks.growth.sweeps [--write]
+
+Every command is a process of its own, and its CPU seconds and wall seconds are measured from start to end:
+
+- a sweep in this process, and one with hydra/launcher=sagemaker, whose runs do nothing but leave what a run leaves. Of
+  a sweep on SageMaker, every job is composed, checked and built, and submitted to a backend in memory, on which it ends
+  at its first poll; the planner is off, because its time does not depend on the number of jobs;
+- a study of Optuna, whose jobs are submitted in batches of four (--trials);
+- `python -m dreambooth.compare` and `python -m dreambooth.promote` of the sweep.
+
+The folder of each run is a copy of a real run of two steps, with other settings, two objectives and samples. All runs
+are in one database of MLflow, to which each is sent as a run sends it.
+
+--overhead N measures a sweep of N real runs of two steps, and what the sweep adds to them: the CPU seconds of the
+process that belong to none of its runs. A run is what a command with one run does, too: its configuration is composed
+once, and its job is executed.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+ROOT = Path(__file__).parents[2]
+SIZES = (10, 100, 1000)
+SWEEP = "growth"
+OBJECTIVES = "[subject_similarity,class_drift]"
+SHORT = ["hardware=cpu", "train.max_train_steps=2", "prior.num_class_images=4", "prior.num_inference_steps=1",
+         "evaluate.encoder=none", "checkpoint.every=null"]
+SAMPLES = ["sample.every=2", "sample.num_inference_steps=1", "sample.images_per_prompt=2"]
+LAUNCHER = ["hydra/launcher=sagemaker", "hydra.launcher.role=arn:aws:iam::123456789012:role/dreambooth",
+            "hydra.launcher.image=123456789012.dkr.ecr.us-east-1.amazonaws.com/dreambooth:1",
+            "hydra.launcher.s3=s3://bucket/sweeps", "hydra.launcher.plan=false", "hydra.launcher.poll_seconds=1",
+            "hydra.launcher.instance_type=ml.g4dn.xlarge", "dataset=demo"]
+Seconds = tuple[float, float]  # of CPU and of wall time
+
+
+# -- runs without training ------------------------------------------------------------------------------------------
+
+def result_of(number: int) -> dict[str, Any]:
+    """Return the result of the run `number`: scores with a front of some points, as a result.json holds them."""
+    draw = random.Random(number)
+    strength = draw.random()
+    similarity, drift = (0.3 + 0.5 * strength + draw.gauss(0, 0.02), 0.05 + 0.3 * strength**2 + draw.gauss(0, 0.02))
+    return {"step": 2, "objective": -similarity, "seconds": 1.0, "model": "model", "exported_step": 2, "scores": {
+        "instance_loss": 0.1, "subject_similarity_efficientnet_lite0": similarity,
+        "class_drift_efficientnet_lite0": drift,
+        "class_similarity_efficientnet_lite0": 0.2, "prompt_fidelity_efficientnet_lite0": 0.9},
+        "base_scores": {"class_similarity_efficientnet_lite0": 0.2, "prompt_fidelity_efficientnet_lite0": 0.9},
+        "objectives": {"subject_similarity": similarity, "class_drift": drift}, "stopped": None}
+
+
+def leave_run(template: Path, folder: Path, number: int, settings: dict[str, str], send: bool = True) -> list[float]:
+    """Make the folder of the run `number` from that of a real run, and send it to MLflow. Return its objectives."""
+    from dreambooth.tracking.tracker import open_tracker
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("model", "samples"):
+        shutil.copytree(template / name, folder / name, copy_function=os.link)
+    for name in ("contact_sheet.png", "curves.svg"):
+        with suppress(FileNotFoundError):
+            os.link(template / name, folder / name)
+    run = json.loads((template / "run.json").read_text("utf-8"))
+    run["settings"] |= settings | {"evaluate.encoder": "efficientnet_lite0",
+                                   "evaluate.objective": "subject_similarity,class_drift"}
+    (folder / "run.json").write_text(json.dumps(run), "utf-8")
+    result = result_of(number)
+    (folder / "result.json").write_text(json.dumps(result), "utf-8")
+    lines = (template / "metrics.jsonl").read_text("utf-8").splitlines()
+    tags = json.dumps({"time": time.time_ns() // 10**6, "tags": {"sweep": SWEEP, "kind": "trial"}})
+    (folder / "metrics.jsonl").write_text("\n".join([lines[0], tags, *lines[1:], ""]), "utf-8")
+    if send:
+        open_tracker("mlflow", folder, run_root=folder.parent, run_name=folder.name,
+                     update_status=False).close("FINISHED")
+    return list(result["objectives"].values())
+
+
+def train_nothing(template: Path, cfg: Any, run_dir: Path, sweep: bool) -> list[float]:
+    """Take the place of train._job."""
+    return leave_run(template, run_dir, cfg.train.seed, {
+        "train.seed": str(cfg.train.seed), "train.learning_rate": str(cfg.train.learning_rate)})
+
+
+class Timer:
+    """CPU seconds of this process in some functions, and the number of their calls."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, list[float]] = {}
+
+    @contextmanager
+    def measured(self, module: Any, name: str) -> Iterator[None]:
+        """Context manager that measures a function of a module or class."""
+        original, seconds = getattr(module, name), self.calls.setdefault(name, [])
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.process_time()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                seconds.append(time.process_time() - began)
+
+        with patch.object(module, name, timed):
+            yield
+
+
+# -- processes ------------------------------------------------------------------------------------------------------
+
+def run_sweep(words: Sequence[str]) -> None:
+    """Run the command train in this process."""
+    from dreambooth import train
+
+    sys.argv = ["dreambooth/train.py", "-m", *words]
+    train.main()
+
+
+def local_worker(template: Path, words: Sequence[str]) -> None:
+    """Run a sweep in this process, whose runs train nothing."""
+    from dreambooth import train
+
+    with patch.object(train, "_job", partial(train_nothing, template)):
+        run_sweep(words)
+
+
+def sagemaker_worker(words: Sequence[str]) -> None:
+    """Run a sweep whose jobs are submitted to a backend in memory."""
+    from dreambooth.cloud import follower, sagemaker_backend
+    from dreambooth.cloud.job import COMPLETED, RUNNING, Job, JobState
+    from hydra_plugins.dreambooth_sagemaker import _core
+
+    class Backend(sagemaker_backend.SageMakerBackend):
+        """Checks requests as ever; a job has ended when it is polled first."""
+
+        def submit(self, job: Job) -> JobState:
+            return JobState(RUNNING, "Training")
+
+        def poll(self, job: Job) -> JobState:
+            return JobState(COMPLETED, billed_seconds=60.0, result=result_of(job.number))
+
+    with patch.object(_core, "SageMakerBackend", Backend), \
+            patch.object(_core, "Follower", partial(follower.Follower, sleep=lambda seconds: None)):
+        run_sweep(words)
+
+
+def overhead_worker(out: Path, words: Sequence[str]) -> None:
+    """Run a sweep of real runs; write what was measured to `out`."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra._internal.core_plugins import basic_launcher
+
+    timer = Timer()
+    try:
+        with timer.measured(basic_launcher, "run_job"), timer.measured(ConfigLoaderImpl, "load_sweep_config"):
+            run_sweep(words)
+    finally:
+        out.write_text(json.dumps(timer.calls | {"process": time.process_time()}), "utf-8")
+
+
+def measure(words: Sequence[str], log: Path) -> Seconds:
+    """Run a Python process. Return its seconds, those of its children included.
+
+    Raises:
+        SystemExit: it has failed.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "AWS_DEFAULT_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "none",
+                                "AWS_SECRET_ACCESS_KEY": "none", "PYTHONPATH": str(ROOT)}
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    with log.open("w", encoding="utf-8") as file:
+        code = subprocess.run([sys.executable, "-m", *words], cwd=log.parent, env=environment, stdout=file, stderr=file,
+                              check=False).returncode
+    after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic() - began
+    if code:
+        raise SystemExit(f"{' '.join(words)} ended with {code}:\n{log.read_text('utf-8')[-2000:]}")
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall
+
+
+def worker(name: str, *words: str) -> list[str]:
+    return ["benchmarks.growth.sweeps", "--worker", name, *words]
+
+
+def measure_size(count: int, template: Path, folder: Path, trials: bool) -> dict[str, Seconds]:
+    """Measure all commands with `count` runs."""
+    folder.mkdir(parents=True)
+    seeds = f"train.seed=range(1,{count + 1})"
+    local = worker("local", str(template), f"run_root={folder}/runs", f"tracking.sweep={SWEEP}", "hardware=cpu",
+                   f"evaluate.objective={OBJECTIVES}", seeds)
+    seconds = {
+        "sweep, local": measure(local, folder / "local.log"),
+        "sweep, SageMaker": measure(worker("sagemaker", *LAUNCHER, f"run_root={folder}/cloud",
+                                           f"hydra.launcher.sweep={SWEEP}", "hydra.launcher.max_parallel=10",
+                                           f"evaluate.objective={OBJECTIVES}", seeds), folder / "cloud.log")}
+    if trials:
+        seconds["study, SageMaker"] = measure(worker(
+            "sagemaker", *LAUNCHER, f"run_root={folder}/study", f"hydra.launcher.sweep={SWEEP}", "hydra/sweeper=optuna",
+            "hydra/sweeper/sampler=random", f"hydra.sweeper.n_trials={count}", "hydra.sweeper.n_jobs=4",
+            f"evaluate.objective={OBJECTIVES}", "train.learning_rate=tag(log,interval(1e-5,1e-3))"),
+            folder / "study.log")
+    sweep = [f"sweep={SWEEP}", f"run_root={folder}/runs"]
+    seconds["compare"] = measure(["dreambooth.compare", *sweep], folder / "compare.log")
+    seconds["promote"] = measure(["dreambooth.promote", *sweep, "rule=class_drift<=0.3"], folder / "promote.log")
+    return seconds
+
+
+def growth_rows(measured: dict[int, dict[str, Seconds]], sizes: dict[int, float]) -> Iterator[str]:
+    """Yield the rows of a table: CPU seconds of each command by number of runs, and the seconds of one more run."""
+    counts = sorted(measured)
+    yield f"| CPU seconds (wall seconds) | {' | '.join(f'{count:,} runs' for count in counts)} | one more run, ms |"
+    yield f"|---{'|---' * (len(counts) + 1)}|"
+    for name in measured[counts[0]]:
+        cells = [f"{measured[count][name][0]:.1f} ({measured[count][name][1]:.1f})" for count in counts]
+        slopes = [(measured[last][name][0] - measured[first][name][0]) / (last - first) * 1000
+                  for first, last in pairwise(counts)]
+        yield f"| {name} | {' | '.join(cells)} | {', then '.join(f'{slope:.1f}' for slope in slopes) or '-'} |"
+    yield f"| page of compare, MiB | {' | '.join(f'{sizes[count]:.1f}' for count in counts)} | |"
+
+
+def overhead_rows(count: int, folder: Path) -> Iterator[str]:
+    """Yield rows about a sweep of `count` real runs of two steps, and about what it adds to them."""
+    folder.mkdir(parents=True)
+    out = folder / "seconds.json"
+    measure(worker("overhead", str(out), f"run_root={folder}/runs", f"tracking.sweep={SWEEP}", *SHORT,
+                   "sample.every=null", f"train.seed=range(1,{count + 1})"), folder / "overhead.log")
+    calls = json.loads(out.read_text("utf-8"))
+    compose = sum(calls["load_sweep_config"]) / len(calls["load_sweep_config"])
+    runs = sorted(calls["run_job"][1:])
+    one = runs[len(runs) // 2] + compose
+    all_runs = sum(calls["run_job"]) + count * compose
+    rest = calls["process"] - all_runs
+    yield f"| {count} runs of two steps, one process | CPU seconds |"
+    yield "|---|---|"
+    yield f"| the process | {calls['process']:.1f} |"
+    yield f"| its runs | {all_runs:.1f} |"
+    yield f"| one run, median without the first | {one:.2f} |"
+    yield f"| what the sweep adds, once and for {count} runs | {rest:.2f} |"
+    yield f"| of that, composing every configuration once more before the first run | {count * compose:.2f} |"
+    yield f"| what the sweep adds to its runs | {rest / all_runs:.1%} |"
+
+
+def make_template(folder: Path) -> Path:
+    """Train a real run of two steps, and return its folder."""
+    folder.mkdir(parents=True)
+    measure(["dreambooth.train", f"run_root={folder}/runs", *SHORT, *SAMPLES], folder / "template.log")
+    [path] = (folder / "runs").glob("demo-*")
+    return path
+
+
+WORKERS: dict[str, Callable[..., None]] = {
+    "local": lambda template, *words: local_worker(Path(template), words),
+    "sagemaker": lambda *words: sagemaker_worker(words),
+    "overhead": lambda out, *words: overhead_worker(Path(out), words)}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        WORKERS[sys.argv[2]](*sys.argv[3:])
+        return
+    from benchmarks.speed_table import describe_machine, write_section
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="numbers of runs")
+    parser.add_argument("--trials", action="store_true", help="measure a study of Optuna, too")
+    parser.add_argument("--overhead", type=int, metavar="N", help="measure a sweep of N real runs, too")
+    parser.add_argument("--write", action="store_true", help="write the tables to docs/growth.md")
+    options = parser.parse_args()
+    rows = [describe_machine(1), ""]
+    with tempfile.TemporaryDirectory() as name:
+        folder, measured, pages = Path(name), dict[int, dict[str, Seconds]](), dict[int, float]()
+        template = make_template(folder / "template")
+        for count in options.sizes:
+            measured[count] = measure_size(count, template, folder / str(count), options.trials)
+            pages[count] = (folder / str(count) / "runs" / f"compare-{SWEEP}.html").stat().st_size / 2**20
+            print(count, measured[count], flush=True)
+            shutil.rmtree(folder / str(count))
+        rows += growth_rows(measured, pages)
+        if options.overhead:
+            rows += ["", *overhead_rows(options.overhead, folder / "overhead")]
+    print("\n".join(rows))
+    if options.write:
+        write_section("sweeps", rows, "growth.md")
+
+
+if __name__ == "__main__":
+    main()
