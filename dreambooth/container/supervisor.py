@@ -82,8 +82,8 @@ class Supervisor:
         reports = [report for path in sorted(folder.glob("[0-9]*.json")) if (report := _read_report(path))]
         # A killed process writes no report, and the reports of other processes describe only consequences.
         if code and reports and code != -signal.SIGKILL:
-            report = choose_report(reports)
-            return ExitStatus(report["code"], report["sentence"])
+            chosen = choose_report(reports)
+            return ExitStatus(chosen["code"], chosen["sentence"])
         if code < 0 and -code in self._signals:
             return self._report_interruption(stopped)
         if code < 0:
