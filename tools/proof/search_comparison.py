@@ -27,17 +27,18 @@ from tools.proof.docs_section import format_table, write_section
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- search comparison: begin -->\n", "<!-- search comparison: end -->"
-TRIALS, SEEDS = 40, (1, 2, 3)  # seed 0 has chosen the pruner's n_warmup_steps, see the page
+TRIALS, SEEDS = 40, (4, 5, 6)  # the settings were chosen with other seeds, see the page
 COMMON = ("hardware=cpu", "tracking=none", "tracking.sweep=comparison", "sample.every=null", "checkpoint.every=null",
-          "method=lora", "train.max_train_steps=24", "train.train_batch_size=1", "prior.with_prior_preservation=false",
-          "dataset.validation_count=1", "train.validate_every=6", "evaluate.encoder=none",
-          "evaluate.objective=validation_loss",
+          "method=lora", "method.rank=8", "train.max_train_steps=48", "train.train_batch_size=1",
+          "prior.with_prior_preservation=false", "dataset.validation_count=1", "train.validate_every=12",
+          "evaluate.encoder=none", "evaluate.objective=validation_loss",
           "hydra/sweeper=optuna", f"hydra.sweeper.n_trials={TRIALS}", "hydra.sweeper.n_jobs=1")
 GRID = ("hydra/sweeper/sampler=grid", "train.learning_rate=choice(1e-5,1e-4,1e-3,1e-2,1e-1)",
-        "method.rank=choice(4,32)", "optimizer.beta1=choice(0.8,0.95)", "optimizer.weight_decay=choice(1e-3,1e-1)")
+        "optimizer.beta1=choice(0.8,0.95)", "optimizer.beta2=choice(0.95,0.999)",
+        "optimizer.weight_decay=choice(1e-3,1e-1)")
 SEARCH = ("hydra/sweeper/sampler=tpe", "hydra/sweeper/pruner=median", "hydra.sweeper.pruner.n_warmup_steps=12",
-          "train.learning_rate=tag(log,interval(1e-5,1e-1))", "method.rank=tag(log,int(interval(4,32)))",
-          "optimizer.beta1=interval(0.8,0.95)", "optimizer.weight_decay=tag(log,interval(1e-3,1e-1))")
+          "train.learning_rate=tag(log,interval(1e-5,1e-1))", "optimizer.beta1=interval(0.8,0.95)",
+          "optimizer.beta2=interval(0.95,0.999)", "optimizer.weight_decay=tag(log,interval(1e-3,1e-1))")
 COLUMNS = ("| seed | grid: best | CPU seconds | pruned search: best | CPU seconds | part of the grid's | trials pruned "
            "| CPU seconds until better than the grid | part of the grid's |")
 
