@@ -75,3 +75,22 @@ class Dataset(Section):
             yield from ((f"dataset.concepts.{number}", subject) for number, subject in enumerate(self.concepts))
         else:
             yield "dataset", self
+
+
+def concept_problems(data: Dataset) -> Iterator[str]:
+    """Yield one sentence per broken rule of dataset.concepts, the list of subjects.
+
+    Two subjects must not have the same instance prompt. If the list is not empty, the keys that describe a single
+    subject, such as dataset.instance_prompt, must be null.
+    """
+    if not data.concepts:
+        return
+    if unused := [key for key in ("instance_dir", "instance_prompt", "class_dir", "class_prompt", "mask",
+                                  "validation_dir")
+                  if getattr(data, key) is not None]:
+        yield (f"dataset.concepts lists the subjects, and dataset.{unused[0]} belongs to none of them: type "
+               f"dataset.{unused[0]}=null, or dataset.concepts=[]")
+    prompts = [subject.instance_prompt for subject in data.concepts if subject.instance_prompt]
+    for prompt in sorted({prompt for prompt in prompts if prompts.count(prompt) > 1}):
+        yield (f"two subjects have the prompt {prompt!r} and would become one: type another word in "
+               "dataset.concepts.1.instance_prompt")

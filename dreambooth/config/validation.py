@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dreambooth.config import evaluate
-from dreambooth.config.dataset import Dataset, Subject
+from dreambooth.config.dataset import Dataset, Subject, concept_problems
 from dreambooth.config.enums import (
     FP8_CAPABILITY,
     AttentionKind,
@@ -122,7 +122,7 @@ def _data_problems(config: Config) -> Iterator[str]:
     data, prior = config.dataset, config.prior
     for prefix, subject in data.keyed_subjects:
         yield from _subject_problems(config, prefix, subject)
-    yield from _concept_problems(data)
+    yield from concept_problems(data)
     if prior.kind is PriorKind.output:
         yield from _output_preservation_problems(config)
     if data.buckets and prior.with_prior_preservation and config.memory.optimizer_in_backward:
@@ -198,25 +198,6 @@ def _held_out_problems(config: Config) -> Iterator[str]:
 def _normalized(prompt: str | None) -> str:
     """Return a prompt as CLIP's tokenizer reads it: in lower case, with single spaces."""
     return " ".join((prompt or "").lower().split())
-
-
-def _concept_problems(data: Dataset) -> Iterator[str]:
-    """Yield one sentence per broken rule of dataset.concepts, the list of subjects.
-
-    Two subjects must not have the same instance prompt. If the list is not empty, the keys that describe a single
-    subject, such as dataset.instance_prompt, must be null.
-    """
-    if not data.concepts:
-        return
-    if unused := [key for key in ("instance_dir", "instance_prompt", "class_dir", "class_prompt", "mask",
-                                  "validation_dir")
-                  if getattr(data, key) is not None]:
-        yield (f"dataset.concepts lists the subjects, and dataset.{unused[0]} belongs to none of them: type "
-               f"dataset.{unused[0]}=null, or dataset.concepts=[]")
-    prompts = [subject.instance_prompt for subject in data.concepts if subject.instance_prompt]
-    for prompt in sorted({prompt for prompt in prompts if prompts.count(prompt) > 1}):
-        yield (f"two subjects have the prompt {prompt!r} and would become one: type another word in "
-               "dataset.concepts.1.instance_prompt")
 
 
 def _training_problems(config: Config) -> Iterator[str]:
