@@ -70,7 +70,7 @@ def table_rows(photos: Images, script: Images, reference: Images, ours: dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path, help=f"folder that speed.py wrote; the prompt of its photos is {INSTANCE!r}")
-    parser.add_argument("--write", action="store_true", help="write the table to docs/benchmarks.md")
+    parser.add_argument("--write", action="store_true", help="write the table to docs/performance.md")
     options = parser.parse_args()
     ours = {name: load_images(options.work / name) for name in ("class images", SAME_GUIDANCE)
             if (options.work / name).is_dir()}
@@ -79,7 +79,7 @@ def main() -> None:
     rows = table_rows(load_images(options.work / "photos"), script, reference, ours)
     print("\n".join(rows))
     if options.write:
-        write_section("class", rows)
+        write_section("class", rows, "performance.md")
 
 
 if __name__ == "__main__":

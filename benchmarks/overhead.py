@@ -223,7 +223,7 @@ def main() -> None:
     for command in (loop, tuning):
         command.add_argument("--work", type=Path, default=ROOT / "outputs" / "speed", help="folder of the base models")
     for command in (loop, start, tuning):
-        command.add_argument("--write", action="store_true", help="write the table to docs/benchmarks.md")
+        command.add_argument("--write", action="store_true", help="write the table to docs/performance.md")
     options = parser.parse_args()
     if options.what == "start":
         with tempfile.TemporaryDirectory() as folder:
@@ -245,7 +245,7 @@ def main() -> None:
     rows = [describe_machine(torch.get_num_threads()), "", *table]
     print("\n".join(rows))
     if options.write:
-        write_section(options.what, rows)
+        write_section(options.what, rows, "performance.md")
 
 
 if __name__ == "__main__":

@@ -94,14 +94,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--rows", type=int, default=8, help="images per batch")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--write", action="store_true", help="write the table to docs/benchmarks.md")
+    parser.add_argument("--write", action="store_true", help="write the table to docs/performance.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     import_libraries()
     rows = [describe_machine(options.threads), "", *table_rows(options.rows, options.repeats)]
     print("\n".join(rows))
     if options.write:
-        write_section("pointwise", rows)
+        write_section("pointwise", rows, "performance.md")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Formats the measurements of speed.py as a table, and writes sections of docs/benchmarks.md."""
+"""Formats the measurements of speed.py as a table, and writes sections of pages in docs/."""
 
 import json
 import os

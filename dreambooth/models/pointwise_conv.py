@@ -3,7 +3,7 @@
 At every call of a convolution, oneDNN reorders the weights, pixels and gradients. A 1x1 convolution has little other
 work. In the tiny base model, the forward and backward passes of a 1x1 layer with matrix products take one half to two
 thirds of the time that they take with convolutions. In Stable Diffusion 1.5 at 256 px, all 1x1 layers together take a
-tenth to a fifth less time (docs/benchmarks.md).
+tenth to a fifth less time (docs/performance.md).
 """
 
 import torch

@@ -2,13 +2,13 @@
 
 OpenMP: an idle thread spins for a while before it sleeps. Environment variables set how long; libgomp reads them when
 torch is imported. A spinning thread resumes at once but occupies its core: beside another busy process, long spinning
-reduces training to a quarter of its speed (docs/benchmarks.md). Threads therefore spin long only if other processes are
+reduces training to a quarter of its speed (docs/performance.md). Threads therefore spin long only if other processes are
 idle.
 
 malloc: glibc maps new pages for each tensor of more than 32 MiB, and returns them to the kernel when the tensor is
 freed. The kernel clears every new page. A step of Stable Diffusion 1.5 allocates and frees gigabytes of gradients and
 activations: clearing took 3.5 s of the 19 s of CPU time of a step, and 0.1 s with `keep_freed_memory`
-(docs/benchmarks.md). `keep_freed_memory` does not change the results of a run. After its call, the resident memory
+(docs/performance.md). `keep_freed_memory` does not change the results of a run. After its call, the resident memory
 of the process does not shrink between phases.
 """
 

@@ -20,7 +20,7 @@ NAMES = re.compile("|".join([
 ]), re.IGNORECASE)
 # The one exception: a paragraph of prose may say which model a published figure was measured with.
 MEASURED = re.compile(r"Stable Diffusion \d\.\d")
-FIGURES = "docs/benchmarks.md"
+FIGURES = "docs/performance.md"
 
 
 def sources() -> list[Path]:
@@ -54,7 +54,7 @@ def test_the_search_finds_what_it_is_for(line: str) -> None:
 
 
 def test_a_figure_may_name_the_model_it_was_measured_with() -> None:
-    figure = "A step of Stable Diffusion 1.5 takes 19 s (docs/benchmarks.md)."
+    figure = "A step of Stable Diffusion 1.5 takes 19 s (docs/performance.md)."
     assert not named_families(figure)
     assert named_families(f"{figure} SDXL takes longer.")
     assert named_families("A step of Stable Diffusion 1.5 takes 19 s.")

@@ -277,10 +277,12 @@ def test_the_reason_of_a_failure_is_the_line_of_the_error(speed: ModuleType, out
     assert importlib.import_module("peers.trials").reason_of(output) == reason
 
 
-def test_the_page_has_a_section_for_each_benchmark(speed: ModuleType, speed_table: ModuleType) -> None:
-    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    for name in [*speed.TASKS, "loop", "start", "class", "pointwise"]:
-        assert speed_table.BEGIN.format(name) in text and speed_table.END.format(name) in text
+def test_the_pages_have_a_section_for_each_benchmark(speed: ModuleType, speed_table: ModuleType) -> None:
+    for page, names in {"benchmarks.md": speed.TASKS, "growth.md": ("photos", "steps", "sweeps"),
+                        "performance.md": ("loop", "start", "tuning", "class", "pointwise")}.items():
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        for name in names:
+            assert speed_table.BEGIN.format(name) in text and speed_table.END.format(name) in text
 
 
 def test_a_step_is_divided_by_the_bare_step_that_follows_it(speed: ModuleType) -> None:
