@@ -266,8 +266,8 @@ def _memory_problems(config: Config, device: str) -> Iterator[str]:
         possible = not (memory.fully_shard or memory.offload_optimizer or config.method.low_rank or train.channels_last
                         or train.text_encoder_learning_rate is not None
                         or not config.optimizer.kind.allows_half_weights)
-        needed = "memory.weights=half" + " precision=bf16" * (config.precision.dtype is Dtype.fp32)
-        yield ("memory.rounding applies to half weights only: type memory.rounding=null" + f", or {needed}" * possible)
+        to_half = "memory.weights=half" + " precision=bf16" * (config.precision.dtype is Dtype.fp32)
+        yield ("memory.rounding applies to half weights only: type memory.rounding=null" + f", or {to_half}" * possible)
     if train.use_ema and train.max_train_steps % memory.ema_every:
         yield (f"memory.ema_every={memory.ema_every} would leave the last steps out of the EMA: type a "
                "train.max_train_steps that is a multiple of it, or memory.ema_every=1")

@@ -113,8 +113,8 @@ def _end(task: Task, folder: Path, number: int, state: str) -> End:
     """Return how a task ended, from the exit reports of its processes, or else from the result of its run."""
     paths = sorted((folder / REPORTS / str(number)).glob("*.json"))
     if reports := [report for path in paths if (report := atomic_files.read_object(path))]:
-        report = choose_report(reports)
-        return End(None, int(report["code"]), str(report["sentence"]))
+        chosen = choose_report(reports)
+        return End(None, int(chosen["code"]), str(chosen["sentence"]))
     if (value := read_objective(atomic_files.read_object(task.run_dir / "result.json") or {})) is not None:
         return End(value)
     # A task that is cancelled while it waits in the queue has no report.
