@@ -23,7 +23,7 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 def caption_files(photo: Path) -> Iterator[Path]:
     """Yield the existing files in which the caption of a photo may be: text files beside it, then metadata files.
 
-    Do not change the order, because the fingerprint of a folder (see photos.py) depends on it.
+    Do not change the order, because the fingerprint of a folder (see index/file_hashes.py) depends on it.
     """
     for suffix in TEXT_SUFFIXES:
         if text_file := next(filter(Path.is_file, map(photo.with_suffix, (suffix, suffix.upper()))), None):

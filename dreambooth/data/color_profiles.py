@@ -50,13 +50,20 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return converted
 
 
-def is_converted(content: bytes) -> bool:
+def has_mark(content: bytes) -> bool:
+    """Return whether a file may contain a colour profile, so that `is_converted` depends on the decoders."""
+    return any(mark in content for mark in _MARKS)
+
+
+def is_converted(content: bytes) -> bool | None:
     """Return whether a photo has a profile by which `to_srgb` changes its pixels. Never raises.
+
+    Return None if the file cannot be opened, such as a HEIC file without the extra `heic`.
 
     Args:
         content: the bytes of the photo's file.
     """
-    if not any(mark in content for mark in _MARKS):
+    if not has_mark(content):
         return False
     from PIL import Image
 
@@ -64,8 +71,10 @@ def is_converted(content: bytes) -> bool:
         with Image.open(BytesIO(content), formats=image_formats.readable_formats()) as image:
             profile = image.info.get("icc_profile")
             return bool(profile) and _transform(profile, image.mode) is not None
-    except Exception:  # a file that cannot be read, or a profile that is not used
+    except UnusableProfile:
         return False
+    except Exception:  # Pillow raises almost any exception type
+        return None
 
 
 @lru_cache(maxsize=8)

@@ -3,14 +3,13 @@
 Pillow is imported inside functions, because a config resolver imports this file.
 """
 
-import threading
+import re
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+CODECS = ("jpg", "libjpeg_turbo", "webp", "libtiff", "littlecms2")  # Pillow's names of libraries that decode to pixels
 WITH_FRAMES = ("PNG", "WEBP", "GIF", "TIFF", "HEIF")  # formats of animations, of pages and of bursts
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif"}  # lower case
 
@@ -18,36 +17,22 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", "
 RAW_SUFFIXES = {".3fr", ".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw"}
 _BRANDS = {b"he": "HEIC", b"mi": "HEIC", b"ms": "HEIC", b"av": "AVIF"}  # start of an ISO brand: heic, mif1, msf1, avif
 
-
-_without_warnings = ExitStack()  # entered while at least one thread decodes a photo
-_decoding_threads = 0
-_lock = threading.Lock()
+# A filter of the module `warnings`, as it is stored there: action, message, category, module, line.
+_IGNORE_DECODERS = ("ignore", None, Warning, re.compile(r"(PIL|pillow_heif)\b"), 0)
 
 
 class UnusablePhoto(Exception):
     """Raised for a photo that cannot be used. The message completes a sentence that starts with the file name."""
 
 
-@contextmanager
-def without_warnings() -> Iterator[None]:
-    """Context manager in which no warnings are shown. Several threads may use it at the same time.
+def ignore_warnings() -> None:
+    """Make the process ignore the warnings of the decoders, from now on. Call this function before an image is decoded.
 
-    The filters of warnings belong to the whole process. With `warnings.catch_warnings` in each of several threads, the
-    last thread could restore filters that another thread had set.
+    `warnings.catch_warnings` is not used, because the filters belong to the whole process: if one thread leaves such a
+    block while another is in its own, filters that should have ended stay for ever.
     """
-    global _decoding_threads
-    with _lock:
-        if not _decoding_threads:
-            _without_warnings.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")
-        _decoding_threads += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _decoding_threads -= 1
-            if not _decoding_threads:
-                _without_warnings.close()
+    if _IGNORE_DECODERS not in warnings.filters:
+        warnings.filterwarnings("ignore", module=_IGNORE_DECODERS[3].pattern)
 
 
 @cache
@@ -63,6 +48,20 @@ def readable_formats() -> tuple[str, ...]:
         return FORMATS
     register_heif_opener()
     return (*FORMATS, "HEIF")
+
+
+@cache
+def decoder_versions() -> str:
+    """Return the versions of everything that determines the pixels of a decoded photo, apart from this package."""
+    import PIL
+    from PIL import features
+
+    versions = [f"Pillow {PIL.__version__}", *(f"{name} {features.version(name)}" for name in CODECS)]
+    if "HEIF" in readable_formats():
+        import pillow_heif
+
+        versions.append(f"pillow_heif {pillow_heif.__version__} {pillow_heif.libheif_version()}")
+    return ", ".join(versions)
 
 
 def describe_unreadable(path: Path) -> str:

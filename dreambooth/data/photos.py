@@ -9,8 +9,9 @@ a config resolver imports this file to list photos.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 MIN_BRIGHTEST = 64  # of 255: a photo of 16 bits per channel without a brighter pixel has fewer bits, such as 12 or 14
 MAX_PIXELS = 178_956_970  # Pillow refuses a larger image as a decompression bomb
+LARGE_PIXELS = 25_000_000  # larger images are decoded one at a time: a PNG of 100 megapixels takes up to 1.2 GiB
+_one_large_photo = threading.Lock()
 
 IGNORED_NAMES = {"thumbs.db", "desktop.ini", "__macosx"}  # files and folders of file managers, in lower case
 _NOT_PHOTOS = {*IGNORED_NAMES, *captions.TEXT_SUFFIXES, *captions.METADATA, ".json", ".jsonl"}  # in lower case
@@ -248,11 +251,13 @@ def _decode(path: Path, resolution: int, bucketed: bool, mask: str | None) -> De
         raise UnusablePhoto("is empty (0 bytes): copy it again")
     if path.suffix.lower() in image_formats.RAW_SUFFIXES:
         raise UnusablePhoto("is a camera raw file, which is not supported: export it as JPEG")
-    with image_formats.without_warnings():  # large files and malformed EXIF only warn; damaged pixels raise
-        with Image.open(path, formats=image_formats.readable_formats()) as image:
-            original = image.height, image.width
-            # The JPEG decoder may downscale, as long as the short side stays at least twice the resolution.
-            image.draft(None, (2 * resolution, 2 * resolution))
+    image_formats.ignore_warnings()  # large files and malformed EXIF only warn; damaged pixels raise
+    with Image.open(path, formats=image_formats.readable_formats()) as image:
+        original = image.height, image.width
+        # The JPEG decoder may downscale, as long as the short side stays at least twice the resolution.
+        image.draft(None, (2 * resolution, 2 * resolution))
+        height, width = original if image.info.get("progressive") else image.size  # as it is held in memory
+        with _one_large_photo if height * width > LARGE_PIXELS else nullcontext():
             image.load()
             decoded_size = image.size
             _turn_upright(image)
@@ -263,8 +268,8 @@ def _decode(path: Path, resolution: int, bucketed: bool, mask: str | None) -> De
             remarks: list[str] = []
             pixels = _resize(_flatten(image, remarks), size or (resolution, resolution))
             remarks += _describe_frames(image)
-        mask_pixels = None if mask_image is None else np.array(mask_image.resize(pixels.size, Image.Resampling.BOX))
-        return np.array(pixels), size, mask_pixels, original, tuple(remarks)
+    mask_pixels = None if mask_image is None else np.array(mask_image.resize(pixels.size, Image.Resampling.BOX))
+    return np.array(pixels), size, mask_pixels, original, tuple(remarks)
 
 
 def _turn_upright(image: Image.Image) -> None:

@@ -1,7 +1,7 @@
 """The SHA-256 of photos and captions, remembered so that an unchanged file is read once. Imports no torch.
 
-A file counts as unchanged if its size, its inode and the times of its last changes of content (mtime) and of status
-(ctime) are the same. Programs can set back mtime, but not ctime.
+A file counts as unchanged if its size, its device, its inode and the times of its last changes of content (mtime) and
+of status (ctime) are the same. Programs can set back mtime, but not ctime.
 """
 
 import hashlib
@@ -13,12 +13,13 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from dreambooth.data import captions, color_profiles
+from dreambooth.data import captions, color_profiles, image_formats
 from dreambooth.data.index.ordered_map import ordered_map
 from dreambooth.data.index.records import FOLDER, Records
 from dreambooth.data.photos import list_photos
 from dreambooth.errors import UserError
 
+FORMAT = 2  # of the stored entries; raise it when `color_profiles.is_converted` changes
 NO_FINGERPRINT = "0" * 64  # fingerprint of a folder that has no photos, or an unreadable file
 MIN_AGE = 2.0  # seconds; a file that changed less long ago may change again without another time
 MIN_BYTES = 64 * 2**20  # fewer bytes are hashed again in less time than a user notices
@@ -47,26 +48,34 @@ class FileHashes:
         Raises:
             OSError: the path is not a file (a broken link, or a pipe, which would block), or it cannot be read.
         """
-        now, status = time.time(), path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(f"{path} is not a file")
-        key = str(path.absolute())
-        state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-        with suppress(TypeError, ValueError):
-            *earlier, digest, converted = self._records.get(key)
-            if earlier == state:
-                return FileHash(digest, converted)
-        content = path.read_bytes()
-        found = FileHash(hashlib.sha256(content).hexdigest(), color_profiles.is_converted(content))
+        now, key = time.time(), str(path.absolute())
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(f"{path} is not a file")
+            state = [FORMAT, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev]
+            with suppress(TypeError, ValueError):
+                *earlier, decoders, digest, converted = self._records.get(key)
+                if earlier == state and (not decoders or decoders == image_formats.decoder_versions()):
+                    return FileHash(digest, converted)
+            content = file.read()
+        digest, converted = hashlib.sha256(content).hexdigest(), color_profiles.is_converted(content)
         self._read_bytes += len(content)
-        if max(status.st_mtime, status.st_ctime) < now - MIN_AGE:
-            self._records.add(key, [*state, *found])
-        return found
+        # A file that cannot be opened now may be one that can later, with another package.
+        if max(status.st_mtime, status.st_ctime) < now - MIN_AGE and converted is not None:
+            decoders = image_formats.decoder_versions() if color_profiles.has_mark(content) else ""
+            self._records.add(key, [*state, decoders, digest, converted])
+        return FileHash(digest, bool(converted))
 
     def save(self) -> None:
         """Write the new hashes, if at least MIN_BYTES were read for them."""
         if self._read_bytes >= MIN_BYTES:
             self._records.save()
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Open a file. If it is a pipe, do not wait for a program that writes to it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 @cache
@@ -86,15 +95,15 @@ def fingerprint(folder: Path, masks: bool = False, run_root: Path | None = None)
         masks: whether the images are masks, which are not converted.
         run_root: the run root in which hashes of many bytes are stored for later commands; None: in memory only.
     """
-    hashes = open_hashes(run_root.absolute() if run_root else None)
     total = hashlib.sha256()
     try:
+        hashes = open_hashes(run_root.absolute() if run_root else None)
         files = [(photo, path) for photo in list_photos(folder) for path in (photo, *captions.caption_files(photo))]
         paths = dict.fromkeys(path for _, path in files)  # each photo has the metadata file among its caption files
         found = dict(zip(paths, ordered_map(hashes.of, paths), strict=True))
+        hashes.save()
     except (UserError, OSError):
         return NO_FINGERPRINT
-    hashes.save()
     for photo, path in files:
         total.update(hashlib.sha256(os.fsencode(path.name)).digest() + bytes.fromhex(found[path].sha256))
         if path is photo and not masks and found[path].converted:

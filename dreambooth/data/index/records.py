@@ -18,15 +18,16 @@ class Records:
     partial line. Of several lines with the same key, the last one counts.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, key_end: str = "") -> None:
         """Args:
             path: the file; None: the entries are only in memory.
+            key_end: the end of the keys that are used. Other entries are left out of the file when it is rewritten.
         """
         self._path = path
         self._lock = threading.Lock()
         self._pending: list[str] = []
-        self._entries, lines = _read(path) if path else ({}, 0)
-        if path and lines > 2 * len(self._entries) + 1000:  # mostly entries that later lines replace
+        self._entries, lines = _read(path, key_end) if path else ({}, 0)
+        if path and lines > 2 * len(self._entries) + 1000:  # mostly entries that are replaced or not used
             with suppress(OSError), atomic_files.write_file(path) as temporary:
                 temporary.write_text("".join(map(_line, self._entries.items())), encoding="utf-8")
 
@@ -41,11 +42,11 @@ class Records:
             self._pending.append(_line((key, value)))
 
     def save(self) -> None:
-        """Append the new entries to the file, if the folder that holds the file's folder exists."""
-        if not self._path or not self._pending or not self._path.parent.parent.is_dir():
+        """Append the new entries to the file, if the folder that holds the file's folder exists. Never raises."""
+        if not self._path or not self._pending:
             return
         with self._lock, suppress(OSError):
-            self._path.parent.mkdir(exist_ok=True)
+            self._path.parent.mkdir(exist_ok=True)  # fails if the folder around it does not exist
             with self._path.open("a+b") as file:
                 if file.tell():
                     file.seek(-1, 2)
@@ -59,14 +60,15 @@ def _line(entry: tuple[str, Any]) -> str:
     return json.dumps(entry, separators=(",", ":")) + "\n"
 
 
-def _read(path: Path) -> tuple[dict[str, Any], int]:
-    """Return the entries of a file, and its number of lines."""
+def _read(path: Path, key_end: str) -> tuple[dict[str, Any], int]:
+    """Return the entries of a file whose keys have the given end, and its number of lines."""
     entries: dict[str, Any] = {}
     lines = 0
     with suppress(OSError), path.open("rb") as file:
         for line in file:
             lines += 1
-            with suppress(ValueError, TypeError, RecursionError):
+            with suppress(ValueError, TypeError, AttributeError, RecursionError):
                 key, value = json.loads(line)
-                entries[key] = value
+                if key.endswith(key_end):
+                    entries[key] = value
     return entries, lines

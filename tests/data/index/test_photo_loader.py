@@ -1,18 +1,22 @@
 """Many photos: each is decoded once, in any number of threads, pixels leave memory, and a second start decodes none."""
 
+import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import features
 
-from dreambooth.data import photo_checks, photos
+from dreambooth.data import image_formats, photo_checks, photos
 from dreambooth.data.index.file_hashes import open_hashes
 from dreambooth.data.index.ordered_map import ordered_map
 from dreambooth.data.index.photo_loader import PhotoLoader
 from dreambooth.data.index.pixel_store import StoredPixels
-from dreambooth.data.photos import Photo, list_photos, load_photos
+from dreambooth.data.photos import Photo, list_photos, load_photo, load_photos
 from dreambooth.errors import UserError
 from tests.data.noise_photos import save_noise
 
@@ -78,6 +82,15 @@ def test_a_second_start_decodes_no_photo_and_knows_the_same(folder: Path, root: 
     assert not decoded
 
 
+def test_one_process_of_a_host_stores_facts_that_all_read(folder: Path, root: Path, decoded: Counter[str]) -> None:
+    list(PhotoLoader(root, saved=True, writes=False)(list_photos(folder), 16, True))
+    assert list(root.iterdir()) == []
+    start(folder, root)
+    decoded.clear()
+    list(PhotoLoader(root, saved=True, writes=False)(list_photos(folder), 16, True))
+    assert not decoded
+
+
 def test_pixels_that_a_second_start_needs_after_all_are_decoded_once(
     folder: Path, root: Path, decoded: Counter[str]
 ) -> None:
@@ -117,6 +130,81 @@ def test_a_photo_that_changes_during_a_run_stops_it(folder: Path, root: Path) ->
     save_noise(folder / "1.png", (41, 60), seed=99)
     with pytest.raises(UserError, match=r"1\.png has changed since the run read it: restore the file"):
         photo.pixels[:1]
+
+
+def test_a_photo_that_is_deleted_during_a_run_stops_it(folder: Path, root: Path) -> None:
+    start(folder, root)
+    photo = start(folder, root)[1]
+    photo.path.unlink()
+    with pytest.raises(UserError, match=r"1\.png cannot be used any more \(.*\): restore the file"):
+        photo.pixels[:1]
+
+
+def test_a_mask_that_changes_during_a_run_stops_it(folder: Path, root: Path) -> None:
+    masks = root / "masks"
+    masks.mkdir()
+    for number in range(COUNT):
+        save_noise(masks / f"{number}.png", (40 + number, 60), seed=50 + number)
+    start(folder, root, masks)
+    mask = start(folder, root, masks)[1].mask
+    save_noise(masks / "1.png", (41, 60), seed=99)
+    with pytest.raises(UserError, match=r"1\.png, or its mask, has changed since the run read it: restore the file"):
+        np.asarray(mask)
+
+
+def test_a_wrong_record_is_not_taken_for_a_changed_photo(folder: Path, root: Path) -> None:
+    [digest] = {photo.digest for photo in start(folder, root)[1:2]}
+    [path] = (root / "photo_index").glob("decoded.jsonl")
+    path.write_text(path.read_text().replace(digest, "0" * 64))
+    photo = start(folder, root)[1]
+    with pytest.raises(UserError, match=r"1\.png is decoded to other pixels .* remove this folder, and repeat"):
+        photo.pixels[:1]
+
+
+def test_records_of_other_decoders_are_not_used(
+    folder: Path, root: Path, decoded: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(folder, root)
+    decoded.clear()
+    image_formats.decoder_versions.cache_clear()
+    version = features.version
+    monkeypatch.setattr(features, "version", lambda name: "99" if name == "webp" else version(name))
+    start(folder, root)
+    monkeypatch.undo()
+    image_formats.decoder_versions.cache_clear()
+    assert len(decoded) == COUNT
+
+
+def test_large_photos_are_decoded_one_at_a_time(
+    folder: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(photos, "LARGE_PIXELS", 100)
+    meeting, flatten = threading.Barrier(2), photos._flatten
+
+    def flatten_beside_another(*args: object) -> object:
+        with suppress(threading.BrokenBarrierError):
+            meeting.wait(0.1)
+            raise AssertionError("two photos are decoded at the same time")
+        return flatten(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(photos, "_flatten", flatten_beside_another)
+    loaded = list(PhotoLoader(root, threads=2)(list_photos(folder)[:2], 16))
+    assert [problems for _, problems in loaded] == [[], []]
+
+
+def test_decoding_beside_a_block_of_other_warnings_leaves_no_filter(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, go_on = threading.Event(), threading.Event()
+    turn = photos._turn_upright
+    monkeypatch.setattr(photos, "_turn_upright", lambda image: (started.set(), go_on.wait(5), turn(image)))
+    thread = threading.Thread(target=load_photo, args=(folder / "1.png", 16, []))
+    thread.start()
+    started.wait(5)
+    with warnings.catch_warnings():
+        go_on.set()
+        thread.join()
+    assert ("ignore", None, Warning, None, 0) not in warnings.filters
 
 
 def test_masks_are_read_again_only_if_they_changed(folder: Path, root: Path, decoded: Counter[str]) -> None:
