@@ -53,8 +53,11 @@ class LatentStore:
             file_rows: number of rows per file, see `rows_per_file`.
         """
         if self.where is LatentCache.disk and self.folder is not None:
-            if len(content) > file_rows and (path := self._path(size, content)).is_file() and _is_intact(path):
-                file_rows = len(content)  # one file, by an earlier version of this package
+            if len(content) > file_rows and (path := self._path(size, content)).is_file():
+                if _is_intact(path):
+                    file_rows = len(content)  # one file, by an earlier version of this package
+                else:
+                    path.unlink(missing_ok=True)  # it is not written again, and would give a warning at every start
             paths = []
             for start in range(0, len(content), file_rows):
                 rows = range(start, min(start + file_rows, len(content)))

@@ -135,6 +135,21 @@ def test_one_large_file_of_an_earlier_version_is_used(tmp_path: Path, monkeypatc
     assert drawn(latents).equal(drawn(Latents(encode_pixels, 8, 0.5)))
 
 
+def test_a_damaged_large_file_of_an_earlier_version_gives_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = LatentStore(LatentCache.disk, CPU, tmp_path, "vae")
+    fill_in_files_of_two(store)
+    [path] = tmp_path.iterdir()
+    flip_bit(path, 0.6)
+    monkeypatch.setattr(latent_cache, "FILE_ROWS", 4)
+    fill_in_files_of_two(store)
+    assert "are damaged" in caplog.text
+    caplog.clear()
+    _, counts = fill_in_files_of_two(store)
+    assert (counts, caplog.text) == ([], "")
+
+
 def test_the_digest_of_an_encoder_depends_on_its_weights_and_their_precision() -> None:
     one, other = nn.Linear(2, 2), nn.Linear(2, 2)
     other.load_state_dict(one.state_dict())
