@@ -26,6 +26,7 @@ from PIL import Image
 from dreambooth.config import evaluate
 from dreambooth.config.recipe import Recipe
 from dreambooth.data.index.file_hashes import fingerprint
+from dreambooth.data.index.ordered_map import ordered_map
 from dreambooth.data.index.photo_loader import PhotoLoader
 from dreambooth.data.photos import Load, Photo, crop_to_square, list_photos, load_photos
 from dreambooth.errors import Interrupted
@@ -49,10 +50,15 @@ Rows = list[list[Image.Image]]  # one list of images per evaluation prompt, then
 
 
 class ReferencePhotos(Sequence[Image.Image]):
-    """The central crops of photos, made when they are indexed: the pixels of many photos are not in memory."""
+    """The central crops of photos, made when they are indexed: the pixels of many photos are not in memory.
+
+    The photos are decoded at once, in threads, so that their files may be edited or deleted afterwards.
+    """
 
     def __init__(self, photos: Sequence[Photo], side: int) -> None:
         self._photos, self._side = photos, side
+        for _ in ordered_map(lambda photo: photo.pixels[:0], photos):
+            pass
 
     def __len__(self) -> int:
         return len(self._photos)

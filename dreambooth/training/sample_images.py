@@ -1,7 +1,7 @@
 """Generates, stores and tracks sample images during training, from the same prompts and seeds each time."""
 
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,11 @@ class SampleRecorder:
         self.prompts, self.spec, self.side = recipe.sample_prompts, recipe.sample, recipe.model.resolution
         self.sampler = Sampler(self.spec.num_inference_steps, self.spec.guidance_scale, self.side)
         self.batch_size = max(self.spec.images_per_prompt, recipe.prior.sample_batch_size)
-        self.photos, self.tracker = photos, tracker
+        self.tracker = tracker
+        square = self.side, self.side
+        # Read before the first step, so that a photo may be edited or deleted while the run trains.
+        self._crops = [Image.fromarray(crop_to_size(photo.pixels, photo.size or square, None, False))
+                       for photo in photos[:SHEET_PHOTOS]]
 
     def record(self, step: int, pipeline: Any, engine: Engine, stop: StopRequest) -> None:
         """Generate, write and track the samples of every prompt after `step` completed steps; update the contact sheet.
@@ -56,12 +60,6 @@ class SampleRecorder:
             for number in range(len(self.prompts)):
                 self.tracker.log_image(step, f"samples/prompt_{number}", target / f"grid-{number}.png")
             self._draw_contact_sheet()
-
-    @cached_property
-    def _crops(self) -> list[Image.Image]:
-        square = self.side, self.side
-        return [Image.fromarray(crop_to_size(photo.pixels, photo.size or square, None, False))
-                for photo in self.photos[:SHEET_PHOTOS]]
 
     def _write(self, target: Path, images: Sequence[Image.Image]) -> None:
         count = self.spec.images_per_prompt

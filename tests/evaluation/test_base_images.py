@@ -11,10 +11,14 @@ from PIL import Image
 
 from dreambooth.config.enums import EncoderKind
 from dreambooth.config.recipe import Recipe
+from dreambooth.data.index.file_hashes import open_hashes
+from dreambooth.data.index.photo_loader import PhotoLoader
+from dreambooth.data.photos import load_photos
 from dreambooth.evaluation import evaluator
-from dreambooth.evaluation.evaluator import Evaluator, Scorer
+from dreambooth.evaluation.evaluator import Evaluator, ReferencePhotos, Scorer
 from dreambooth.runtime.engine import Engine
 from dreambooth.utils.signals import StopRequest
+from tests.data.noise_photos import save_noise
 from tests.support.configs import resolve_demo
 
 TEXTS = ["a toy", "a toy on the beach"]
@@ -142,3 +146,14 @@ def test_the_base_models_images_are_embedded_once_per_evaluator(
     assert first[FIDELITY] == 1 and encoder.embedded.count(6) == 1
     exchanged = dict(zip(TEXTS, reversed(base.values()), strict=True))
     assert scorer.score(rows, None, exchanged, device)[FIDELITY] == 0  # other images: embedded again
+
+
+def test_reference_photos_may_be_deleted_after_the_start(tmp_path: Path) -> None:
+    photo = save_noise(tmp_path / "photo.png", (64, 64))
+    expected = Image.open(photo).convert("RGB")
+    for _ in range(2):  # the second start decodes photos when their pixels are read
+        [loaded] = load_photos([photo], "a toy", 64, load=PhotoLoader(tmp_path, saved=True, memory_limit=0))
+    reference = ReferencePhotos([loaded], 64)
+    photo.unlink()
+    assert reference[0].tobytes() == expected.tobytes()
+    open_hashes.cache_clear()

@@ -1,19 +1,28 @@
 """Hooks: samples after the checkpoint of their step, when a run resumes, and with the whole moving average."""
 
 from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from dreambooth.data.index.file_hashes import open_hashes
+from dreambooth.data.index.photo_loader import PhotoLoader
+from dreambooth.data.photos import load_photos
 from dreambooth.errors import Interrupted
 from dreambooth.optim.ema import Ema
 from dreambooth.runtime.engine import Engine
 from dreambooth.training.hooks import SampleHook, swap_in_ema
+from dreambooth.training.sample_images import SampleRecorder
 from dreambooth.training.step import TrainState
 from dreambooth.utils.signals import StopRequest
+from tests.data.noise_photos import save_noise
+from tests.support.configs import resolve_demo
 
 
 def sample_hook(step: int, record: Any, every: int | None = 4) -> SampleHook:
@@ -57,3 +66,17 @@ def test_pictures_and_files_get_the_moving_average_with_all_steps() -> None:
         with swap_in_ema(SimpleNamespace(trained=model, state=state), exact):  # type: ignore[arg-type]
             assert torch.allclose(model.weight, each.average["weight"], rtol=1e-6)
     assert model.weight.item() == 9.0
+
+
+def test_the_contact_sheet_needs_no_file_of_a_photo_after_the_start(tmp_path: Path) -> None:
+    photo = save_noise(tmp_path / "photo.png", (64, 64))
+    for _ in range(2):  # the second start decodes photos when their pixels are read
+        [loaded] = load_photos([photo], "a toy", 64, load=PhotoLoader(tmp_path, saved=True, memory_limit=0))
+    tracker: Any = SimpleNamespace(log_image=lambda *_: True)
+    recorder = SampleRecorder(replace(resolve_demo(), run_dir=tmp_path / "run"), [loaded], tracker)
+    photo.unlink()
+    count = len(recorder.prompts) * recorder.spec.images_per_prompt
+    recorder._write(recorder.folder / "step-000000", [Image.new("RGB", (64, 64))] * count)
+    recorder.record(0, None, Engine(), StopRequest())
+    assert recorder.sheet.is_file()
+    open_hashes.cache_clear()
