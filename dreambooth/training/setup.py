@@ -15,6 +15,7 @@ from dreambooth.config.method import has_word
 from dreambooth.config.recipe import Recipe
 from dreambooth.data import class_images, latent_cache, photo_report, subjects
 from dreambooth.data.batches import Batches, Latents
+from dreambooth.data.index import records
 from dreambooth.data.index.photo_loader import PhotoLoader
 from dreambooth.data.photo_set import PhotoSet
 from dreambooth.data.photos import Load, Photo, load_photos
@@ -74,7 +75,7 @@ def assemble(recipe: Recipe, engine: Engine, accelerator: Accelerator, console: 
     _check_processes(recipe, engine)
     engine.set_autocast_cache(recipe.memory.autocast_cache)
     on_disk = recipe.memory.cache_latents and recipe.memory.latent_cache is LatentCache.disk
-    load = PhotoLoader(recipe.run_root, saved=on_disk)
+    load = PhotoLoader(recipe.run_root, saved=on_disk, writes=engine.local_rank == 0)
     scorer = Scorer(recipe, load) if recipe.evaluate.encoders and engine.is_main_process else None
     with meter.phase("load"):
         photos, repeats = subjects.load_subject_photos(recipe, load)
@@ -181,7 +182,7 @@ def make_class_images(recipe: Recipe) -> None:
 def remove_shared_leftovers(run_root: Path) -> None:
     """Remove old temporary files that killed processes left in the folders that the runs of a run_root share."""
     shared = (folder for name in ("class_images", "base_images") for folder in (run_root / name).glob("*/"))
-    for folder in (run_root / "latents", run_root / prompt_encodings.FOLDER, *shared):
+    for folder in (run_root / "latents", run_root / prompt_encodings.FOLDER, run_root / records.FOLDER, *shared):
         atomic_files.remove_leftovers(folder, atomic_files.SHARED_LEFTOVER_AGE)
 
 

@@ -1,5 +1,6 @@
 """Setting up a run: only what the run uses can stop it."""
 
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -94,3 +95,13 @@ def test_a_step_has_a_photo_for_every_process() -> None:
     setup._check_processes(recipe, Engine(world_size=2))
     with pytest.raises(UserError, match=r"type train\.global_batch_size=3, or start at most 2 processes"):
         setup._check_processes(recipe, Engine(world_size=3))
+
+
+def test_old_leftovers_of_a_killed_process_leave_the_photo_index(tmp_path: Path) -> None:
+    folder = tmp_path / "photo_index"
+    folder.mkdir()
+    for name in (".writing-1234-files.jsonl", "files.jsonl"):
+        (folder / name).touch()
+        os.utime(folder / name, (0, 0))
+    setup.remove_shared_leftovers(tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["files.jsonl"]
