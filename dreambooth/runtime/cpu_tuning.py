@@ -2,8 +2,8 @@
 
 OpenMP: an idle thread spins for a while before it sleeps. Environment variables set how long; libgomp reads them when
 torch is imported. A spinning thread resumes at once but occupies its core: beside another busy process, long spinning
-reduces training to a quarter of its speed (docs/performance.md). Threads therefore spin long only if other processes are
-idle.
+reduces training to a quarter of its speed (docs/performance.md). Threads therefore spin long only if other processes
+are idle.
 
 malloc: glibc maps new pages for each tensor of more than 32 MiB, and returns them to the kernel when the tensor is
 freed. The kernel clears every new page. A step of Stable Diffusion 1.5 allocates and frees gigabytes of gradients and
