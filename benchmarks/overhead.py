@@ -42,7 +42,7 @@ from peers.tasks import TASKS, Job
 from peers.trials import run_trial
 from process_monitor import run_monitored
 from speed import ROOT, prepare
-from speed_table import describe_machine, write_section
+from speed_table import Trial, describe_machine, write_section
 from timings import step_end_times
 
 from dreambooth.config.compose import conf_dir, load
@@ -60,6 +60,7 @@ from dreambooth.utils.console import Console
 Clocks = tuple[float, float]  # seconds of wall time and of CPU time of all threads
 CLOCKS = ("wall", "CPU")
 STEPS = {"tiny": 60, "full": 6, "sdxl_lora": 60, "flow_lora": 60}  # task of speed.py -> steps of each kind
+TIMEOUT = 900.0  # seconds after which a process of `tuning` is ended
 WARM_UP = 5  # steps that are not counted, at most a third of all
 IMPORTS = ("import torch; from diffusers import AutoencoderKL, UNet2DConditionModel; "
            "from transformers import CLIPTextModel")
@@ -193,8 +194,9 @@ def measure_tuning(name: str, setting: str, rounds: int, work: Path) -> list[tup
         for number in range(rounds):
             pair = []
             for environment in (WITHOUT[setting], {}):
-                trial = run_trial(Ours("tuning", environment=environment), None, task, name, number, work / name,
-                                  os.cpu_count() or 1, False)
+                trainer = Ours("tuning", environment=environment)
+                trial = Trial(trainer.name, name, number, threads=os.cpu_count() or 1)
+                trial = run_trial(trainer, None, task, trial, work / name, TIMEOUT, False)
                 if trial.images_per_cpu is None:
                     raise SystemExit(f"{name}: {trial.error}")
                 pair.append(2 * task.batch / trial.images_per_cpu)

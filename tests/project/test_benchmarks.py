@@ -304,6 +304,23 @@ def test_a_gain_is_measured_within_a_round(speed: ModuleType) -> None:
     assert row == "| malloc | tiny | 3 | 2.000 | 1.000 | 25.0% | 10.0% to 50.0% |"
 
 
+def test_each_round_runs_without_and_with_a_setting(
+        speed: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import inspect
+    from dataclasses import replace
+
+    overhead, trials = importlib.import_module("overhead"), importlib.import_module("peers.trials")
+
+    def run_trial(*arguments: Any) -> Any:
+        call = inspect.signature(trials.run_trial).bind(*arguments).arguments
+        return replace(call["trial"], images_per_cpu=4.0 if call["trainer"].environment else 8.0)
+
+    monkeypatch.setattr(overhead, "run_trial", run_trial)
+    monkeypatch.setattr(overhead, "prepare", lambda task, work: None)
+    pairs = overhead.measure_tuning("tiny", "malloc keeps freed memory", 2, tmp_path)
+    assert pairs == [(2.0, 1.0)] * 2  # 4 photos and 4 class images per step
+
+
 def test_the_settings_that_are_measured_are_those_that_a_user_may_set(speed: ModuleType) -> None:
     from dreambooth.runtime import cpu_tuning
 
