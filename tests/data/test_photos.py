@@ -319,7 +319,7 @@ def test_each_photo_is_decoded_once(folder, monkeypatch):
     for name in ("a.png", "b.png"):
         save_solid(folder / name)
     load_photos(list_photos(folder), PROMPT, 8)
-    assert opened == ["a.png", "b.png"]
+    assert sorted(opened) == ["a.png", "b.png"]  # threads may open them in another order
 
 
 @settings(max_examples=40, deadline=None)
