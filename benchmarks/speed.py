@@ -169,7 +169,7 @@ def measure(case: str, number: int, name: str, task: Task, work: Path, options: 
         trial = replace(trial, error=refused[case])
     else:
         trial = run_trial(options.trainers[case], environment, task, trial, work, 60 * options.timeout,
-                          number == 1 and task.resume, new)
+                          task.resume, new)
     if new and not trial.error:
         shutil.copytree(out, work / case, dirs_exist_ok=True,
                         ignore=shutil.ignore_patterns("*.safetensors"))  # for class_quality.py

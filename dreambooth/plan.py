@@ -59,10 +59,11 @@ def _job(config: Config, sweep: bool) -> float:
     import_libraries()
     choice = auto_memory.choose_memory_options(recipe)
     serving: list[serving_plan.ServingPlan] = []
+    larger = None if sweep else auto_memory.larger_sample_batch(choice)
     if recipe.device == "cuda" and not sweep:
         serving = serving_plan.plan_presets(serving_plan.model_of_recipe(
             choice.recipe, choice.prediction.trained_parameters, SERVED_BATCH))
-    planned = report.Plan(choice.recipe, choice.prediction, choice.added, choice.why, serving)
+    planned = report.Plan(choice.recipe, choice.prediction, choice.added, choice.why, serving, larger)
     _plans.append(planned)
     if not sweep:
         _show(config)

@@ -13,7 +13,7 @@ from dreambooth.models import loading
 from dreambooth.planner import auto_memory
 from dreambooth.runs import report, run_folder
 from dreambooth.runs.run_folder import Result, load_finished, locked
-from dreambooth.runtime import oom_advice
+from dreambooth.runtime import compile_cache, oom_advice
 from dreambooth.runtime.engine import Engine, create_engine
 from dreambooth.runtime.lost_process import reporting_lost_process
 from dreambooth.runtime.memory_meter import MemoryMeter
@@ -52,6 +52,9 @@ def execute(recipe: Recipe, stop: StopRequest) -> Result:
                     return done
             recipe, predicted, note = engine.run_on_main(
                 partial(auto_memory.apply_auto_memory, recipe, engine.world_size))
+            if recipe.train.compile:
+                folder = compile_cache.set_folder(recipe.train.compile_cache)
+                console.say(f"compiled code is kept in {folder}; the first step takes minutes if none fits this recipe")
             console.table(report.plan_table(recipe) | ({"memory": note} if note else {}))
             start = checkpoint_transfer.resume_point(recipe.run_dir, recipe.checkpoint.resume, engine)
             stack.enter_context(run_budget.limit_run(recipe, stop, engine, start))

@@ -11,9 +11,9 @@ Every command is a process of its own, and its CPU seconds and wall seconds are 
 The folder of each run is a copy of a real run of two steps, with other settings, two objectives and samples. All runs
 are in one database of MLflow, to which each is sent as a run sends it.
 
---overhead N measures a sweep of N real runs of two steps, and what the sweep adds to them: the CPU seconds of the
-process that belong to none of its runs. A run is what a command with one run does, too: its configuration is composed
-once, and its job is executed.
+--overhead N measures a sweep of N real runs of two steps in one process, and compares it with N commands that make one
+run each. It also shows what the sweep adds to its runs: the CPU seconds of the process that belong to none of them. A
+run consists of what a command with one run does, too: its configuration is composed once, and its job is executed.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -157,8 +158,10 @@ def sagemaker_worker(words: Sequence[str]) -> None:
 def overhead_worker(out: Path, words: Sequence[str]) -> None:
     """Run a sweep of real runs; write what was measured to `out`."""
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
-    from hydra._internal.core_plugins import basic_launcher
+    from hydra.core.plugins import Plugins
 
+    Plugins.instance()  # it imports the modules of all plugins once more, and this is the one that launches
+    basic_launcher = sys.modules["hydra._internal.core_plugins.basic_launcher"]
     timer = Timer()
     try:
         with timer.measured(basic_launcher, "run_job"), timer.measured(ConfigLoaderImpl, "load_sweep_config"):
@@ -212,7 +215,7 @@ def measure_size(count: int, template: Path, folder: Path, trials: bool) -> dict
     return seconds
 
 
-def growth_rows(measured: dict[int, dict[str, Seconds]], sizes: dict[int, float]) -> Iterator[str]:
+def growth_rows(measured: dict[int, dict[str, Seconds]]) -> Iterator[str]:
     """Yield the rows of a table: CPU seconds of each command by number of runs, and the seconds of one more run."""
     counts = sorted(measured)
     yield f"| CPU seconds (wall seconds) | {' | '.join(f'{count:,} runs' for count in counts)} | one more run, ms |"
@@ -222,29 +225,49 @@ def growth_rows(measured: dict[int, dict[str, Seconds]], sizes: dict[int, float]
         slopes = [(measured[last][name][0] - measured[first][name][0]) / (last - first) * 1000
                   for first, last in pairwise(counts)]
         yield f"| {name} | {' | '.join(cells)} | {', then '.join(f'{slope:.1f}' for slope in slopes) or '-'} |"
-    yield f"| page of compare, MiB | {' | '.join(f'{sizes[count]:.1f}' for count in counts)} | |"
 
 
 def overhead_rows(count: int, folder: Path) -> Iterator[str]:
     """Yield rows about a sweep of `count` real runs of two steps, and about what it adds to them."""
     folder.mkdir(parents=True)
-    out = folder / "seconds.json"
-    measure(worker("overhead", str(out), f"run_root={folder}/runs", f"tracking.sweep={SWEEP}", *SHORT,
-                   "sample.every=null", f"train.seed=range(1,{count + 1})"), folder / "overhead.log")
+    out, words = folder / "seconds.json", [*SHORT, "sample.every=null"]
+    measure(worker("overhead", str(out), f"run_root={folder}/runs", f"tracking.sweep={SWEEP}", *words,
+                   f"train.seed=range(1,{count + 1})"), folder / "overhead.log")
     calls = json.loads(out.read_text("utf-8"))
-    compose = sum(calls["load_sweep_config"]) / len(calls["load_sweep_config"])
-    runs = sorted(calls["run_job"][1:])
-    one = runs[len(runs) // 2] + compose
-    all_runs = sum(calls["run_job"]) + count * compose
-    rest = calls["process"] - all_runs
-    yield f"| {count} runs of two steps, one process | CPU seconds |"
+    commands = [measure(["dreambooth.train", f"run_root={folder}/runs", *words, f"train.seed={count + number}"],
+                        folder / "command.log")[0] for number in range(1, 4)]
+    yield from describe_overhead(count, calls["process"], calls["run_job"], calls["load_sweep_config"], commands)
+
+
+def describe_overhead(count: int, process: float, runs: list[float], composed: list[float], commands: list[float],
+                      more: int = 1000) -> Iterator[str]:
+    """Yield the rows of a table about a sweep of `count` runs in one process. All times are CPU seconds.
+
+    Args:
+        process: duration of the process.
+        runs: durations of its runs. The first one includes imports and class images.
+        composed: durations of composing the configuration of a run. The sweep does it for each run before the first
+            run, to check it, and the run does it once more.
+        commands: durations of commands that make one run.
+        more: the number of runs of an extrapolation.
+    """
+    compose, command = median(composed), median(commands)
+    all_runs = sum(runs) + count * compose
+    one, rest = median(runs[1:]) + compose, process - all_runs
+    long = rest / count / 0.01
+    yield f"| {count} runs of two steps | CPU s |"
     yield "|---|---|"
-    yield f"| the process | {calls['process']:.1f} |"
-    yield f"| its runs | {all_runs:.1f} |"
     yield f"| one run, median without the first | {one:.2f} |"
-    yield f"| what the sweep adds, once and for {count} runs | {rest:.2f} |"
-    yield f"| of that, composing every configuration once more before the first run | {count * compose:.2f} |"
-    yield f"| what the sweep adds to its runs | {rest / all_runs:.1%} |"
+    yield f"| {count} runs | {all_runs:.1f} |"
+    yield f"| what the sweep adds to them | {rest:.2f} ({rest / all_runs:.1%}) |"
+    yield f"| of that, composing every configuration before the first run | {count * compose:.2f} |"
+    yield f"| the whole sweep | {process:.1f} |"
+    yield (f"| {count} commands with one run each ({len(commands)} measured, median {command:.1f}) "
+           f"| {count * command:.0f} |")
+    yield ""
+    extrapolated = process + (more - count) * (one + rest / count)
+    yield (f"Extrapolated, a sweep of {more:,} such runs takes {extrapolated:,.0f} CPU seconds, and {more:,} commands "
+           f"{more * command:,.0f}. A sweep adds 1 % or less to runs of {long:.0f} CPU seconds or more.")
 
 
 def make_template(folder: Path) -> Path:
@@ -268,26 +291,29 @@ def main() -> None:
     from benchmarks.speed_table import describe_machine, write_section
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="numbers of runs")
+    parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES), help="numbers of runs")
     parser.add_argument("--trials", action="store_true", help="measure a study of Optuna, too")
     parser.add_argument("--overhead", type=int, metavar="N", help="measure a sweep of N real runs, too")
     parser.add_argument("--write", action="store_true", help="write the tables to docs/growth.md")
     options = parser.parse_args()
-    rows = [describe_machine(1), ""]
+
+    def finish(section: str, rows: list[str]) -> None:
+        rows = [describe_machine(1), "", *rows]
+        print("\n".join(rows), flush=True)
+        if options.write:
+            write_section(section, rows, "growth.md")
+
     with tempfile.TemporaryDirectory() as name:
-        folder, measured, pages = Path(name), dict[int, dict[str, Seconds]](), dict[int, float]()
-        template = make_template(folder / "template")
+        folder, measured = Path(name), dict[int, dict[str, Seconds]]()
+        template = make_template(folder / "template") if options.sizes else folder
         for count in options.sizes:
             measured[count] = measure_size(count, template, folder / str(count), options.trials)
-            pages[count] = (folder / str(count) / "runs" / f"compare-{SWEEP}.html").stat().st_size / 2**20
             print(count, measured[count], flush=True)
             shutil.rmtree(folder / str(count))
-        rows += growth_rows(measured, pages)
+        if measured:
+            finish("sweeps", list(growth_rows(measured)))
         if options.overhead:
-            rows += ["", *overhead_rows(options.overhead, folder / "overhead")]
-    print("\n".join(rows))
-    if options.write:
-        write_section("sweeps", rows, "growth.md")
+            finish("overhead", list(overhead_rows(options.overhead, folder / "overhead")))
 
 
 if __name__ == "__main__":

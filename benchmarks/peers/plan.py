@@ -42,15 +42,16 @@ class Plan:
         """Return the expected duration of the pending processes, from earlier rounds where there are some."""
         known: dict[str, list[float]] = {}
         for trial in self.measured():
-            known.setdefault(trial.case, []).append(trial.seconds / self._processes(trial.round))
+            known.setdefault(trial.case, []).append(trial.seconds / self._processes)
         failed = {trial.case for trial in self.measured() if trial.error} - {
             trial.case for trial in self.measured() if not trial.error}
-        return sum((median(known[case]) if case in known else self.task.seconds) * self._processes(number)
+        return sum((median(known[case]) if case in known else self.task.seconds) * self._processes
                    for case, number in self.pending if case not in failed or number == 1)
 
-    def _processes(self, number: int) -> float:
-        """Return the duration of a trial of round `number`, in units of its first process."""
-        return 1 + RESUME_PART * (self.task.resume and number == 1)
+    @property
+    def _processes(self) -> float:
+        """The duration of a trial in units of its first process."""
+        return 1 + RESUME_PART * self.task.resume
 
     def describe(self) -> str:
         """Return one line for the user."""

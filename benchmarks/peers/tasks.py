@@ -27,7 +27,7 @@ class Task:
             prior preservation.
         rounds: how often each case is measured.
         seconds: rough duration of one process on a quiet machine with 2 cores, for the estimate before the first run.
-        resume: whether a checkpoint, and resuming from it, are measured in the first round.
+        resume: whether a checkpoint, and resuming from it, are measured.
     """
 
     base: str

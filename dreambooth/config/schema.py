@@ -178,6 +178,7 @@ class Train(Section):
     noise_offset: float = 0.0
     multires_noise: float = 0.0
     compile: bool = False
+    compile_cache: str | None = None
     channels_last: bool = False
     validate_every: int | None = 50
     stop_when: StopWhen = field(default_factory=StopWhen)

@@ -24,7 +24,7 @@ from dreambooth.config.recipe import Recipe
 from dreambooth.errors import DoesNotFit
 from dreambooth.models.block_swap import SLOTS
 from dreambooth.planner.gpu_specs import cuda_overhead_gib
-from dreambooth.planner.memory_options import activations_gib, describe_memory_options
+from dreambooth.planner.memory_options import activations_gib, describe_memory_options, extrapolate_sample_batch
 from dreambooth.planner.prediction import STEP_PHASES, Prediction
 from dreambooth.planner.rehearsal import predict
 from dreambooth.planner.skeleton_models import count_trained_weights, find_architecture
@@ -185,6 +185,24 @@ def _minimum_gib(candidate: Recipe, trained: int, activations: float) -> float:
         bytes_per_weight -= 2.0
     gradients = 0.0 if memory.optimizer_in_backward or memory.offload_optimizer else 4.0 * trained / GIB
     return bytes_per_weight * trained / GIB + max(activations, gradients) + cuda_overhead_gib(candidate.hardware.gpu)
+
+
+def larger_sample_batch(choice: Choice) -> int | None:
+    """Return a larger prior.sample_batch_size with which the run fits the card, after a rehearsal; None: there is none.
+
+    No run chooses it by itself: with other batches, the last bits of class images and samples change.
+    """
+    recipe, limit = choice.recipe, choice.recipe.hardware.usable_vram_gib
+    if recipe.device != "cuda" or limit is None:
+        return None
+    allowed = MAX_CARD_SHARE * limit
+    size = extrapolate_sample_batch(recipe, choice.prediction, allowed) or 0
+    while size > recipe.prior.sample_batch_size:
+        larger = replace(recipe, prior=recipe.prior.copy_with(sample_batch_size=size))
+        if card_gib(larger, predict(larger)) <= allowed:
+            return size
+        size //= 2
+    return None
 
 
 def _with_smaller_sample_batch(choice: Choice, allowed: float, rehearse: Callable[[Recipe], Prediction]) -> Choice:

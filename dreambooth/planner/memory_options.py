@@ -1,7 +1,8 @@
-"""Lists the overrides that would reduce a run's GPU memory. For each, states the saved memory and the added time.
+"""Lists the overrides that would reduce a run's GPU memory, with the saved memory and the added time of each.
 
 Plans show this list. The error message of a run that does not fit also contains the list. Saved memory and added time
 are computed from the prediction of the run as it is. No option is rehearsed, so these figures are approximate.
+`extrapolate_sample_batch` finds a use of memory that stays free instead.
 """
 
 from collections.abc import Iterator
@@ -14,10 +15,12 @@ from dreambooth.planner.gpu_specs import Card, cuda_overhead_gib, find_card
 from dreambooth.planner.prediction import STEP_PHASES, Prediction
 from dreambooth.planner.skeleton_models import count_trained_weights
 from dreambooth.planner.time_and_cost import OPTIMIZER_STATE_BYTES, WEIGHT_BYTES, step_seconds
+from dreambooth.planner.trace_replay import Usage
 from dreambooth.utils.hardware import GIB
 
 CHECKPOINTED_SHARE = 0.12  # share of activations that checkpointing keeps; SD 1.5 at 512 px: 0.26 of 2 GiB per sample
 MIN_SAVED_GIB = 0.05  # options that save less are not listed
+MAX_SAMPLE_BATCH = 32  # images at a time; larger batches are not suggested
 RECOMPUTED_FORWARD = 4 / 3  # operations of a step that computes its forward pass twice, relative to a plain step
 
 
@@ -55,12 +58,39 @@ def describe_memory_options(recipe: Recipe, prediction: Prediction) -> str:
     return "; ".join([*auto, *phrases, "a larger card, such as hardware=g5"])
 
 
+def extrapolate_sample_batch(recipe: Recipe, prediction: Prediction, allowed: float) -> int | None:
+    """Return a larger prior.sample_batch_size that should fit, from the memory of the present one; None: there is none.
+
+    It is a power of two, at most MAX_SAMPLE_BATCH, and no more than the class images or the images that evaluation
+    generates of a prompt.
+
+    Args:
+        allowed: GiB of card memory that the run may use.
+    """
+    present = recipe.prior.sample_batch_size
+    most = max(recipe.prior.num_class_images if recipe.with_class_images else 0,
+               recipe.evaluate.images_per_prompt if recipe.evaluate.encoders else 0)
+    free = allowed - cuda_overhead_gib(recipe.hardware.gpu)
+    for phase in ("class_images", "sample", "evaluate"):
+        if usage := prediction.by_phase.get(phase):
+            batch = max(present, recipe.sample.images_per_prompt) if phase == "sample" else present
+            per_batch = _generating_gib(usage)
+            most = min(most, int((free - usage.allocated / GIB + per_batch) * batch / per_batch))
+    size = 2 ** (min(most, MAX_SAMPLE_BATCH).bit_length() - 1) if most > 0 else 0
+    return size if size > present else None
+
+
+def _generating_gib(usage: Usage) -> float:
+    """Return the GiB that grow with the number of images that are generated at a time."""
+    return (usage.by_category.get("temporaries", 0) + usage.by_category.get("activations", 0)) / GIB
+
+
 def _sampling_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryOption]:
     """Yield the options for generating images; none if another phase needs more memory than generating images."""
     if prediction.peak_phase in (*STEP_PHASES, "prompts"):
         return
     peak, batch_size = prediction.peak, recipe.prior.sample_batch_size
-    per_batch = (peak.by_category.get("temporaries", 0) + peak.by_category.get("activations", 0)) / GIB
+    per_batch = _generating_gib(peak)
     if prediction.peak_phase == "sample" and recipe.sample.images_per_prompt > 1:
         batch_size = max(batch_size, recipe.sample.images_per_prompt)
         yield MemoryOption("sample.images_per_prompt=1 prior.sample_batch_size=1", per_batch * (1 - 1 / batch_size),

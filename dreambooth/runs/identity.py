@@ -115,6 +115,7 @@ def identity(root: DictConfig, swept: bool = False) -> str:
             "with_prior_preservation", "kind", "prior_loss_weight")}
     if hashed["train"].get("global_batch_size") is not None:  # then train_batch_size is a limit, as options of memory
         hashed["train"].pop("train_batch_size")
+    hashed["train"].pop("compile_cache")
     for key in ("compile", "channels_last"):  # added later; when on, they change rounding
         if not hashed["train"][key]:
             hashed["train"].pop(key)

@@ -9,6 +9,8 @@ import pytest
 from dreambooth.config.compose import conf_dir
 from dreambooth.config.dataset import Subject
 from dreambooth.config.enums import EncoderKind
+from dreambooth.planner import auto_memory
+from dreambooth.planner.auto_memory import larger_sample_batch
 from dreambooth.planner.gpu_specs import CARDS, find_card
 from dreambooth.planner.rehearsal import predict
 from dreambooth.planner.report import Plan, format_comparison, format_plan, plans_as_json, plot_step_memory
@@ -96,3 +98,28 @@ def test_a_table_fits_80_columns() -> None:
 def test_the_plot_of_a_step_is_written(tmp_path: Path) -> None:
     plot_step_memory(Plan(small_recipe(), predict(small_recipe()), (), ""), tmp_path / "step.png")
     assert (tmp_path / "step.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("vram", [1.0, 1.5, 1.9, 2.5, 40.0])
+def test_a_larger_sample_batch_is_suggested_if_a_rehearsal_of_it_fits(vram: float) -> None:
+    choice = choice_with(100, vram, resolution=256)
+    size = larger_sample_batch(choice)
+    assert (size is None) == (vram == 1.0) and (size == 32) == (vram == 40.0)
+    if size:
+        prior = choice.recipe.prior
+        assert prior.sample_batch_size < size and size & (size - 1) == 0
+        larger = replace(choice.recipe, prior=prior.copy_with(sample_batch_size=size))
+        assert auto_memory.card_gib(larger, predict(larger)) <= vram
+
+
+def test_no_sample_batch_is_larger_than_the_number_of_images() -> None:
+    choice = choice_with(11, 40.0)
+    assert larger_sample_batch(choice) == 8
+    plan = Plan(choice.recipe, choice.prediction, (), "", larger_sample_batch=8)
+    assert "prior.sample_batch_size=8 fits, too: images are generated 8 at a time" in format_plan(plan).splitlines()
+
+
+def choice_with(class_images: int, vram: float, resolution: int = 64) -> auto_memory.Choice:
+    recipe = small_recipe(hardware__gpu="T4", hardware__usable_vram_gib=vram, model__resolution=resolution,
+                          prior__num_class_images=class_images)
+    return auto_memory.Choice(recipe, predict(recipe), (), "")

@@ -239,8 +239,8 @@ def test_the_expected_duration_comes_from_earlier_rounds(speed: ModuleType, tmp_
     task = replace(speed.TASKS["tiny"], rounds=2, steps=4)
     path = tmp_path / "trials.jsonl"
     first = plan.Plan("tiny", task, ("caches",), 1, path)
-    assert first.seconds() == pytest.approx(task.seconds * (2 + plan.RESUME_PART))
-    measured = speed.Trial("caches", "tiny", 1, 2.0, steps=4, threads=1, seconds=100 * (1 + plan.RESUME_PART))
+    assert first.seconds() == pytest.approx(2 * task.seconds * (1 + plan.RESUME_PART))
+    measured = speed.Trial("caches", "tiny", 1, 2.0, steps=4, threads=1, seconds=100.0)
     for trial in (measured, replace(measured, steps=9, seconds=5.0), replace(measured, threads=2, seconds=5.0)):
         speed.append_trial(path, trial)
     again = plan.Plan("tiny", task, ("caches",), 1, path)
@@ -278,7 +278,7 @@ def test_the_reason_of_a_failure_is_the_line_of_the_error(speed: ModuleType, out
 
 
 def test_the_pages_have_a_section_for_each_benchmark(speed: ModuleType, speed_table: ModuleType) -> None:
-    for page, names in {"benchmarks.md": speed.TASKS, "growth.md": ("photos", "steps", "sweeps"),
+    for page, names in {"benchmarks.md": speed.TASKS, "growth.md": ("photos", "steps", "sweeps", "overhead"),
                         "performance.md": ("loop", "start", "tuning", "class", "pointwise")}.items():
         text = (ROOT / "docs" / page).read_text(encoding="utf-8")
         for name in names:
@@ -378,3 +378,22 @@ def test_a_proof_finds_the_model_of_a_run_that_was_finished_before(tmp_path: Pat
     message = report.already_finished(Result(400, 0.1, 1.0, str(run), "model"), demo_recipe())
     assert find_model(f"subject 'a toy'\n{message}\n") == run / "model"
     assert find_model("photos  5\nmodel   runs/demo/model\n") == Path("runs/demo/model")
+
+
+def test_what_one_more_run_costs_is_the_slope_between_numbers_of_runs(speed: ModuleType) -> None:
+    sweeps = importlib.import_module("growth.sweeps")
+    rows = list(sweeps.growth_rows({10: {"compare": (1.0, 2.0)}, 100: {"compare": (1.9, 3.0)},
+                                    1000: {"compare": (19.9, 30.0)}}))
+    assert rows[2:] == ["| compare | 1.0 (2.0) | 1.9 (3.0) | 19.9 (30.0) | 10.0, then 20.0 |"]
+
+
+def test_what_a_sweep_adds_is_the_time_of_its_process_that_belongs_to_no_run(speed: ModuleType) -> None:
+    sweeps = importlib.import_module("growth.sweeps")
+    rows = list(sweeps.describe_overhead(4, 20.0, [8.0, 2.5, 1.5, 3.5], [0.2, 0.3, 0.25, 0.25], [9.0, 7.0, 8.0]))
+    assert rows[2:-2] == [
+        "| one run, median without the first | 2.75 |", "| 4 runs | 16.5 |",
+        "| what the sweep adds to them | 3.50 (21.2%) |",
+        "| of that, composing every configuration before the first run | 1.00 |", "| the whole sweep | 20.0 |",
+        "| 4 commands with one run each (3 measured, median 8.0) | 32 |"]
+    assert rows[-1] == ("Extrapolated, a sweep of 1,000 such runs takes 3,630 CPU seconds, and 1,000 commands 8,000. "
+                        "A sweep adds 1 % or less to runs of 88 CPU seconds or more.")
