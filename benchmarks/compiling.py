@@ -2,8 +2,8 @@
 
     python benchmarks/compiling.py [--tasks tiny flow_lora] [--rounds 3] [--write]
 
-In each round, three processes train a task of speed.py: without compiling, with an empty folder of compiled code (cold),
-and with the folder that the second process has filled (warm). The table has medians over the rounds.
+In each round, three processes train a task of speed.py: without compiling (eager), with an empty folder of compiled
+code (cold), and with the folder that the second process has filled (warm). The table has medians over the rounds.
 """
 
 import argparse

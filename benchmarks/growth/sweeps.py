@@ -4,7 +4,7 @@ Every command is a process of its own, and its CPU seconds and wall seconds are 
 
 - a sweep in this process, and one with hydra/launcher=sagemaker, whose runs do nothing but leave what a run leaves. Of
   a sweep on SageMaker, every job is composed, checked and built, and submitted to a backend in memory, on which it ends
-  at its first poll; the planner is off, because its time does not depend on the number of jobs;
+  at its first poll; the planner is off: it runs once for all jobs that differ in seeds and rates only;
 - a study of Optuna, whose jobs are submitted in batches of four (--trials);
 - `python -m dreambooth.compare` and `python -m dreambooth.promote` of the sweep.
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,10 @@ from dreambooth.utils.masking import mask_urls
 from dreambooth.utils.plurals import counted
 
 PLANNER_ARGUMENTS = ("-m", "dreambooth.plan", "plan.format=json")
+WITHOUT_EFFECT_ON_PLAN = frozenset({  # settings with which memory, time and price stay the same
+    "name", "tracking.sweep", "train.seed", "train.learning_rate", "train.text_encoder_learning_rate",
+    "train.lr_scheduler", "train.lr_warmup_steps", "train.ema_decay", "prior.prior_loss_weight", "method.alpha",
+    "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.weight_decay"})
 NUMBER_RANGES = (("poll_seconds", 1, 3600), ("instance_count", 1, 100), ("max_run_hours", 0.1, 672),
                  ("max_wait_hours", 0.1, 8760))  # key, minimum, maximum; SageMaker runs a job for at most 28 days
 
@@ -193,22 +198,34 @@ def _check_job(job: LauncherJob, mode: str, defaults: Mapping[str, Any]) -> tupl
         problems += error.problems
     if problems:
         raise ConfigError(*problems)
-    return run, _run_planner(job) if launcher["plan"] else {}
+    return run, _plan(job) if launcher["plan"] else {}
 
 
-def _run_planner(job: LauncherJob) -> dict[str, Any]:
-    """Run the planner in a child process, since it needs torch. Return its output, or {} if torch is not installed.
+def _plan(job: LauncherJob) -> dict[str, Any]:
+    """Return the output of the planner for a job, or {} if torch is not installed.
+
+    Jobs that differ only in settings of WITHOUT_EFFECT_ON_PLAN share a plan, because a plan takes 10 seconds or more.
 
     Raises:
         ConfigError: the job needs more memory or disk than its instance has, or the planner failed.
     """
-    if find_spec("torch") is None:
-        print("torch is not installed here: it is not checked whether the jobs fit in memory", flush=True)
-        return {}
-    overrides = [override for override in job.overrides if S3_SCHEME not in override]
+    overrides = [override for override in job.overrides if S3_SCHEME not in override
+                 and override.partition("=")[0].lstrip("+") not in WITHOUT_EFFECT_ON_PLAN]
     rate = job.budget.interruptions_per_hour
     if rate is not None and job.spot_price_usd_hour is not None:
         overrides.append(f"budget.interruptions_per_hour={rate:g}")
+    plan, problem = _run_planner(tuple(overrides))
+    if problem:
+        raise ConfigError(problem)
+    return plan
+
+
+@cache
+def _run_planner(overrides: tuple[str, ...]) -> tuple[dict[str, Any], str]:
+    """Run the planner in a child process, since it needs torch. Return its output, and why the run is refused or ""."""
+    if find_spec("torch") is None:
+        print("torch is not installed here: it is not checked whether the jobs fit in memory", flush=True)
+        return {}, ""
     planner = subprocess.run([sys.executable, *PLANNER_ARGUMENTS, *overrides], capture_output=True, text=True,
                              check=False, env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"})
     try:
@@ -218,8 +235,8 @@ def _run_planner(job: LauncherJob) -> dict[str, Any]:
     if planner.returncode:
         message = planner.stderr.strip().removeprefix("dreambooth: ") or (
             f"the planner ended with {planner.returncode}")
-        raise ConfigError(" ".join(message.split())[:600])
-    return plan
+        return plan, " ".join(message.split())[:600]
+    return plan, ""
 
 
 def _build_job(composed: LauncherJob, run: Config, plan: Mapping[str, Any], sweep: str, backend: Any, mode: str,

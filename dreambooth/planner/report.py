@@ -33,7 +33,7 @@ class Plan:
     added: tuple[str, ...]  # overrides that memory=auto chose
     why: str  # explanation of the choice of memory=auto; empty without memory=auto
     serving: Sequence[ServingPlan] = ()  # for each GPU: serving the model that the run makes
-    larger_sample_batch: int | None = None  # a larger prior.sample_batch_size that fits
+    larger_sample_batch: int | None = None  # a larger prior.sample_batch_size that fits, for the table
 
     @property
     def card_gib(self) -> float | None:
@@ -99,7 +99,6 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
             {"overrides": option.overrides, "saves_gib": round(option.saved_gib, 2),
              "seconds_a_step": _round(option.extra_seconds), "changes_numbers": not option.exact}
             for option in list_memory_options(recipe, prediction)]},
-        "larger_sample_batch": plan.larger_sample_batch,
         "step_flops": prediction.step_flops, "step_seconds": _round(time.step_seconds),
         "run_seconds": _round(time.run_seconds), "price_usd": _round(time.price_usd),
         "spot_price_usd": _round(time.spot_price_usd), "spot_seconds": _round(time.spot_seconds),

@@ -1,7 +1,11 @@
 """The budget of a sweep on SageMaker: what would pass it is not submitted, and what reaches it is stopped."""
 
+import json
+import subprocess
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +14,12 @@ from dreambooth.cloud import job_preparation
 from dreambooth.cloud.job import COMPLETED, RUNNING, STOPPED, Job, JobState, Spending, Unreachable
 from dreambooth.config.hardware import RunBudget
 from dreambooth.errors import ConfigError, DoesNotFit, Interrupted
+from dreambooth.planner.rehearsal import predict
+from dreambooth.planner.report import Plan, plan_as_dict
 from hydra_plugins.dreambooth_sagemaker import _core
 from tests.cloud.jobs import PHOTOS, config_of, jobs_of
 from tests.cloud.memory_backend import Cloud, jobs, make_follower, read_table, run_on
+from tests.support.configs import compose_recipe
 
 pytestmark = pytest.mark.usefixtures("environment")
 HOUR = {"run_seconds": 3600.0, "spot_seconds": 4000.0, "disk_gib": 40.0}  # of the planner
@@ -45,9 +52,49 @@ def priced(count: int, usd_hour: float | None = 1.0, hours: float | None = 1.0) 
 
 def planned(monkeypatch: pytest.MonkeyPatch, *overrides: str, count: int = 1) -> list[Job]:
     """The jobs of a sweep, one hour each, whose inputs must not be uploaded if the budget refuses them."""
-    monkeypatch.setattr(job_preparation, "_run_planner", lambda job: HOUR)
+    monkeypatch.setattr(job_preparation, "_run_planner", lambda overrides: (HOUR, ""))
     words = ("hardware=g4dn", "hydra.launcher.plan=true", *PHOTOS, *overrides)
     return jobs_of(*(config_of(*words, number=number) for number in range(count)))
+
+
+def test_jobs_with_the_same_plan_run_the_planner_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, ...]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        calls.append(tuple(word for word in command if word in ("method=lora", "train.max_train_steps=9")))
+        return subprocess.CompletedProcess(command, 0, json.dumps(HOUR), "")
+
+    monkeypatch.setattr(job_preparation, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(job_preparation, "_run_planner", cache(job_preparation._run_planner.__wrapped__))
+    words = (["train.seed=1"], ["train.seed=2", "train.learning_rate=1e-5"], ["train.seed=3", "method=lora"],
+             ["train.max_train_steps=9"])
+    found = jobs_of(*(config_of("hardware=g4dn", "hydra.launcher.plan=true", *PHOTOS, *more, number=number)
+                      for number, more in enumerate(words)))
+    assert calls == [(), ("method=lora",), ("train.max_train_steps=9",)]
+    assert [job.estimate_seconds for job in found] == [HOUR["run_seconds"]] * 4
+
+
+def test_a_job_that_does_not_fit_is_refused_once_for_each_job_with_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_preparation, "_run_planner", lambda overrides: ({}, "it does not fit"))
+    with pytest.raises(ConfigError) as caught:
+        jobs_of(*(config_of("hardware=g4dn", "hydra.launcher.plan=true", *PHOTOS, number=number) for number in (0, 1)))
+    assert caught.value.problems == ("job 0: it does not fit", "job 1: it does not fit")
+
+
+CHANGED = {"train.seed": "5", "train.learning_rate": "1e-3", "train.text_encoder_learning_rate": "1e-4",
+           "train.lr_scheduler": "cosine", "train.lr_warmup_steps": "3", "train.ema_decay": "0.9",
+           "prior.prior_loss_weight": "0.3", "method.alpha": "3", "optimizer.beta1": "0.8", "optimizer.beta2": "0.9",
+           "optimizer.eps": "1e-6", "optimizer.weight_decay": "0.1", "name": "other", "tracking.sweep": "other"}
+
+
+def test_settings_that_share_a_plan_have_no_effect_on_it() -> None:
+    assert CHANGED.keys() == job_preparation.WITHOUT_EFFECT_ON_PLAN
+    words = ["hardware=g4dn", "method=lora", "train.train_text_encoder=true", "model=tiny"]
+    plans = []
+    for more in ([], [f"{key}={value}" for key, value in CHANGED.items()]):
+        recipe = compose_recipe(*words, *more)
+        plans.append(plan_as_dict(Plan(recipe, predict(recipe), (), "")))
+    assert plans[0] == plans[1]
 
 
 def test_a_sweep_that_would_pass_its_budget_is_not_submitted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -279,7 +279,7 @@ def test_the_reason_of_a_failure_is_the_line_of_the_error(speed: ModuleType, out
 
 def test_the_pages_have_a_section_for_each_benchmark(speed: ModuleType, speed_table: ModuleType) -> None:
     for page, names in {"benchmarks.md": speed.TASKS, "growth.md": ("photos", "steps", "sweeps", "overhead"),
-                        "performance.md": ("loop", "start", "tuning", "class", "pointwise")}.items():
+                        "performance.md": ("loop", "start", "tuning", "compiling", "class", "pointwise")}.items():
         text = (ROOT / "docs" / page).read_text(encoding="utf-8")
         for name in names:
             assert speed_table.BEGIN.format(name) in text and speed_table.END.format(name) in text
@@ -397,3 +397,15 @@ def test_what_a_sweep_adds_is_the_time_of_its_process_that_belongs_to_no_run(spe
         "| 4 commands with one run each (3 measured, median 8.0) | 32 |"]
     assert rows[-1] == ("Extrapolated, a sweep of 1,000 such runs takes 3,630 CPU seconds, and 1,000 commands 8,000. "
                         "A sweep adds 1 % or less to runs of 88 CPU seconds or more.")
+
+
+def test_a_compiled_step_is_compared_with_the_eager_step_of_the_same_round(speed: ModuleType) -> None:
+    compiling = importlib.import_module("compiling")
+
+    def trial(case: str, first: float, rate: float) -> Any:
+        return speed.Trial(case, "tiny", 1, 2 * rate, rate, first_step_s=first, first_step_cpu=2 * first)
+
+    rows = compiling.rows("tiny", {"eager": [trial("eager", 4.0, 10.0), trial("eager", 6.0, 20.0)],
+                                   "cold": [trial("cold", 90.0, 20.0), trial("cold", 110.0, 30.0)]}, 8)
+    assert rows == ["| tiny | eager | 2 | 5.0 | 10.0 | 267 | 533 | 1 | |",
+                    "| tiny | cold | 2 | 100.0 | 200.0 | 160 | 320 | 1.75x | 1.50-2.00 |"]
