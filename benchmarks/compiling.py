@@ -37,7 +37,9 @@ def measure(name: str, rounds: int, work: Path) -> dict[str, list[Trial]]:
     for number in range(rounds):
         shutil.rmtree(compiled, ignore_errors=True)
         for case, overrides in CASES.items():
-            trainer = Ours(case, *overrides, environment={"TORCHINDUCTOR_CACHE_DIR": str(compiled)})
+            (compiled / "headers").mkdir(parents=True, exist_ok=True)  # torch keeps its headers with temporary files
+            trainer = Ours(case, *overrides, environment={"TORCHINDUCTOR_CACHE_DIR": str(compiled / "code"),
+                                                          "TMPDIR": str(compiled / "headers")})
             trial = run_trial(trainer, None, task, Trial(case, name, number, threads=os.cpu_count() or 1), work / name,
                               TIMEOUT, False)
             if trial.error:

@@ -54,7 +54,7 @@ def execute(recipe: Recipe, stop: StopRequest) -> Result:
                 partial(auto_memory.apply_auto_memory, recipe, engine.world_size))
             if recipe.train.compile:
                 folder = compile_cache.set_folder(recipe.train.compile_cache)
-                console.say(f"compiled code is kept in {folder}; the first step takes minutes if none fits this recipe")
+                console.say(f"compiled code: {folder}; the first step takes minutes if there is none of this recipe")
             console.table(report.plan_table(recipe) | ({"memory": note} if note else {}))
             start = checkpoint_transfer.resume_point(recipe.run_dir, recipe.checkpoint.resume, engine)
             stack.enter_context(run_budget.limit_run(recipe, stop, engine, start))

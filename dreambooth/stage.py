@@ -135,7 +135,7 @@ def _validate(overrides: list[str], space: str, out: Path, supervisor: Superviso
     """
     trials = search_space(space).without_overridden(overrides).trials() if space else [()]
     problems: list[str] = []
-    plans: dict[tuple[str, ...], None] = {}  # trials to plan, in order and without duplicates
+    plans: dict[tuple[str, ...], tuple[str, ...]] = {}  # what determines a plan -> the first trial with it
     for trial in trials:
         try:
             config, run_dir = compose_run(_run_overrides(overrides, trial))
@@ -144,10 +144,11 @@ def _validate(overrides: list[str], space: str, out: Path, supervisor: Superviso
                 require_one_objective(config.evaluate.objective)
         except UserError as error:
             problems += error.problems if isinstance(error, ConfigError) else [str(error)]
-        plans[tuple(override for override in trial if override.partition("=")[0] not in MEMORY_NEUTRAL_KEYS)] = None
+        plans.setdefault(tuple(override for override in trial
+                               if override.partition("=")[0] not in MEMORY_NEUTRAL_KEYS), trial)
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
-    for trial in plans:
+    for trial in plans.values():
         local = [override for override in (*overrides, *trial) if S3_SCHEME not in override]
         status = supervisor.run(_module_command("plan", local), {})
         if status.code:

@@ -11,9 +11,9 @@ Every command is a process of its own, and its CPU seconds and wall seconds are 
 The folder of each run is a copy of a real run of two steps, with other settings, two objectives and samples. All runs
 are in one database of MLflow, to which each is sent as a run sends it.
 
---overhead N measures a sweep of N real runs of two steps in one process, and compares it with N commands that make one
-run each. It also shows what the sweep adds to its runs: the CPU seconds of the process that belong to none of them. A
-run consists of what a command with one run does, too: its configuration is composed once, and its job is executed.
+--overhead N measures a sweep of N real runs of two steps in one process, and commands that make one run each. It also
+shows what the sweep adds to its runs: the CPU seconds of the process that belong to none of them. A run consists of
+what a command with one run does, too: its configuration is composed once, and its job is executed.
 """
 
 import argparse
@@ -231,24 +231,26 @@ def overhead_rows(count: int, folder: Path) -> Iterator[str]:
     """Yield rows about a sweep of `count` real runs of two steps, and about what it adds to them."""
     folder.mkdir(parents=True)
     out, words = folder / "seconds.json", [*SHORT, "sample.every=null"]
-    measure(worker("overhead", str(out), f"run_root={folder}/runs", f"tracking.sweep={SWEEP}", *words,
-                   f"train.seed=range(1,{count + 1})"), folder / "overhead.log")
+    sweep, _ = measure(worker("overhead", str(out), f"run_root={folder}/runs", f"tracking.sweep={SWEEP}", *words,
+                              f"train.seed=range(1,{count + 1})"), folder / "overhead.log")
     calls = json.loads(out.read_text("utf-8"))
-    commands = [measure(["dreambooth.train", f"run_root={folder}/runs", *words, f"train.seed={count + number}"],
-                        folder / "command.log")[0] for number in range(1, 4)]
-    yield from describe_overhead(count, calls["process"], calls["run_job"], calls["load_sweep_config"], commands)
+    commands = [measure(["dreambooth.train", f"run_root={folder}/alone", *words, f"train.seed={number}"],
+                        folder / "command.log")[0] for number in range(4)]
+    yield from describe_overhead(count, sweep, calls["process"], calls["run_job"], calls["load_sweep_config"],
+                                 commands[1:])
 
 
-def describe_overhead(count: int, process: float, runs: list[float], composed: list[float], commands: list[float],
-                      more: int = 1000) -> Iterator[str]:
+def describe_overhead(count: int, sweep: float, process: float, runs: list[float], composed: list[float],
+                      commands: list[float], more: int = 1000) -> Iterator[str]:
     """Yield the rows of a table about a sweep of `count` runs in one process. All times are CPU seconds.
 
     Args:
-        process: duration of the process.
+        sweep: duration of the whole sweep, from the start of the process to its end.
+        process: the part of it until the last run and the summary have ended.
         runs: durations of its runs. The first one includes imports and class images.
         composed: durations of composing the configuration of a run. The sweep does it for each run before the first
             run, to check it, and the run does it once more.
-        commands: durations of commands that make one run.
+        commands: durations of commands that make one run. The class images exist.
         more: the number of runs of an extrapolation.
     """
     compose, command = median(composed), median(commands)
@@ -261,11 +263,11 @@ def describe_overhead(count: int, process: float, runs: list[float], composed: l
     yield f"| {count} runs | {all_runs:.1f} |"
     yield f"| what the sweep adds to them | {rest:.2f} ({rest / all_runs:.1%}) |"
     yield f"| of that, composing every configuration before the first run | {count * compose:.2f} |"
-    yield f"| the whole sweep | {process:.1f} |"
+    yield f"| the whole sweep | {sweep:.1f} |"
     yield (f"| {count} commands with one run each ({len(commands)} measured, median {command:.1f}) "
            f"| {count * command:.0f} |")
     yield ""
-    extrapolated = process + (more - count) * (one + rest / count)
+    extrapolated = sweep + (more - count) * (one + rest / count)
     yield (f"Extrapolated, a sweep of {more:,} such runs takes {extrapolated:,.0f} CPU seconds, and {more:,} commands "
            f"{more * command:,.0f}. A sweep adds 1 % or less to runs of {long:.0f} CPU seconds or more.")
 
@@ -296,6 +298,8 @@ def main() -> None:
     parser.add_argument("--overhead", type=int, metavar="N", help="measure a sweep of N real runs, too")
     parser.add_argument("--write", action="store_true", help="write the tables to docs/growth.md")
     options = parser.parse_args()
+    if options.overhead is not None and options.overhead < 2:
+        parser.error("--overhead needs 2 runs or more")
 
     def finish(section: str, rows: list[str]) -> None:
         rows = [describe_machine(1), "", *rows]

@@ -24,7 +24,7 @@ class Ours(Trainer):
     def call(self, job: Job) -> Call:
         own = self.words(job)
         environment = {"PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true",
-                       "TORCHINDUCTOR_CACHE_DIR": str(job.out / "inductor")}  # an empty cache: every run compiles
+                       "TORCHINDUCTOR_CACHE_DIR": str(job.out / "inductor")}  # empty for the first process of a trial
         return Call(["-m", "dreambooth.train", *own], len(own), ROOT, environment | self.environment)
 
     def words(self, job: Job) -> list[str]:

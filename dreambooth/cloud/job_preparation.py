@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,10 @@ from dreambooth.utils.plurals import counted
 
 PLANNER_ARGUMENTS = ("-m", "dreambooth.plan", "plan.format=json")
 WITHOUT_EFFECT_ON_PLAN = frozenset({  # settings with which memory, time and price stay the same
-    "name", "tracking.sweep", "train.seed", "train.learning_rate", "train.text_encoder_learning_rate",
-    "train.lr_scheduler", "train.lr_warmup_steps", "train.ema_decay", "prior.prior_loss_weight", "method.alpha",
-    "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.weight_decay"})
+    "name", "tracking.sweep", "train.seed", "train.learning_rate", "train.lr_scheduler", "train.lr_warmup_steps",
+    "train.ema_decay", "prior.prior_loss_weight", "method.alpha", "optimizer.beta1", "optimizer.beta2", "optimizer.eps",
+    "optimizer.weight_decay"})
+_plans: dict[tuple[str, ...], tuple[Mapping[str, Any], str]] = {}  # overrides -> plan, and why it is refused, or ""
 NUMBER_RANGES = (("poll_seconds", 1, 3600), ("instance_count", 1, 100), ("max_run_hours", 0.1, 672),
                  ("max_wait_hours", 0.1, 8760))  # key, minimum, maximum; SageMaker runs a job for at most 28 days
 
@@ -105,7 +105,7 @@ def prepare_jobs(composed: Sequence[LauncherJob], sweep: str, backend: Any, mode
         DoesNotFit: the jobs pass the budget. Nothing was uploaded or submitted.
     """
     problems: list[str] = []
-    checked: list[tuple[LauncherJob, Config, dict[str, Any]]] = []
+    checked: list[tuple[LauncherJob, Config, Mapping[str, Any]]] = []
     defaults = sdk_defaults.read() if mode == "aws" else {}
     for job in composed:
         try:
@@ -155,7 +155,7 @@ def _raise_if_any(problems: Sequence[str]) -> None:
         raise ConfigError(*dict.fromkeys(problems))
 
 
-def _check_job(job: LauncherJob, mode: str, defaults: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
+def _check_job(job: LauncherJob, mode: str, defaults: Mapping[str, Any]) -> tuple[Config, Mapping[str, Any]]:
     """Check one job: the launcher's settings, the rules of the run, and whether the run fits in memory.
 
     Args:
@@ -201,28 +201,29 @@ def _check_job(job: LauncherJob, mode: str, defaults: Mapping[str, Any]) -> tupl
     return run, _plan(job) if launcher["plan"] else {}
 
 
-def _plan(job: LauncherJob) -> dict[str, Any]:
+def _plan(job: LauncherJob) -> Mapping[str, Any]:
     """Return the output of the planner for a job, or {} if torch is not installed.
 
-    Jobs that differ only in settings of WITHOUT_EFFECT_ON_PLAN share a plan, because a plan takes 10 seconds or more.
+    A plan takes 10 seconds or more. Jobs that differ only in WITHOUT_EFFECT_ON_PLAN therefore share that of the first.
 
     Raises:
         ConfigError: the job needs more memory or disk than its instance has, or the planner failed.
     """
-    overrides = [override for override in job.overrides if S3_SCHEME not in override
-                 and override.partition("=")[0].lstrip("+") not in WITHOUT_EFFECT_ON_PLAN]
+    overrides = [override for override in job.overrides if S3_SCHEME not in override]
     rate = job.budget.interruptions_per_hour
     if rate is not None and job.spot_price_usd_hour is not None:
         overrides.append(f"budget.interruptions_per_hour={rate:g}")
-    plan, problem = _run_planner(tuple(overrides))
+    key = tuple(word for word in overrides if word.partition("=")[0].lstrip("+") not in WITHOUT_EFFECT_ON_PLAN)
+    if key not in _plans:
+        _plans[key] = _run_planner(overrides)
+    plan, problem = _plans[key]
     if problem:
         raise ConfigError(problem)
     return plan
 
 
-@cache
-def _run_planner(overrides: tuple[str, ...]) -> tuple[dict[str, Any], str]:
-    """Run the planner in a child process, since it needs torch. Return its output, and why the run is refused or ""."""
+def _run_planner(overrides: Sequence[str]) -> tuple[Mapping[str, Any], str]:
+    """Run the planner in a child process, since it needs torch. Return its output, and why it refuses the run or ""."""
     if find_spec("torch") is None:
         print("torch is not installed here: it is not checked whether the jobs fit in memory", flush=True)
         return {}, ""

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from dreambooth.runs import pruning
 from dreambooth.tracking.mlflow_database import is_local
 
-LOCAL_KEYS = {"run_root", "storage.cache"}  # keys of folders on the submitting machine, not sent to jobs
+LOCAL_KEYS = {"run_root", "storage.cache", "train.compile_cache"}  # folders of the submitting machine, not sent to jobs
 # Configuration key -> channel that provides the folder.
 CHANNELS = {"dataset.instance_dir": "images", "dataset.class_dir": "class_images", "model.source": "model"}
 OBJECTIVE = "objective"  # metric: the number that a sweep minimises

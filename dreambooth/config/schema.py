@@ -208,6 +208,8 @@ class Train(Section):
                             f"above 0 and at most 1, or null for the mean squared error, not {self.huber_delta}"),
             "multires_noise": (0 <= self.multires_noise < 1, f"in [0, 1), not {self.multires_noise}"),
             "noise_offset": (finite(self.noise_offset, 0), f"0 or more, not {self.noise_offset}"),
+            "compile_cache": (self.compile_cache is None or "://" not in self.compile_cache,
+                              f"a local folder, or null, not {self.compile_cache}"),
             "validate_every": (self.validate_every is None or self.validate_every >= 1,
                                f"1 or more, or null for never, not {self.validate_every}"),
         })

@@ -188,14 +188,16 @@ def _minimum_gib(candidate: Recipe, trained: int, activations: float) -> float:
 
 
 def larger_sample_batch(choice: Choice) -> int | None:
-    """Return a larger prior.sample_batch_size with which the run fits the card, after a rehearsal; None: there is none.
+    """Return a larger prior.sample_batch_size with which a rehearsal fits the card; None: none was found.
 
-    No run chooses it by itself: with other batches, the last bits of class images and samples change.
+    No run chooses it by itself: with another batch size, it is another run, with class images of its own.
     """
     recipe, limit = choice.recipe, choice.recipe.hardware.usable_vram_gib
     if recipe.device != "cuda" or limit is None:
         return None
     allowed = MAX_CARD_SHARE * limit
+    if card_gib(recipe, choice.prediction) > allowed:
+        return None
     size = extrapolate_sample_batch(recipe, choice.prediction, allowed) or 0
     while size > recipe.prior.sample_batch_size:
         larger = replace(recipe, prior=recipe.prior.copy_with(sample_batch_size=size))

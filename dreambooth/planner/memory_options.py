@@ -2,7 +2,7 @@
 
 Plans show this list. The error message of a run that does not fit also contains the list. Saved memory and added time
 are computed from the prediction of the run as it is. No option is rehearsed, so these figures are approximate.
-`extrapolate_sample_batch` finds a use of memory that stays free instead.
+`extrapolate_sample_batch` estimates how many images at a time fit in memory that stays free.
 """
 
 from collections.abc import Iterator
@@ -74,8 +74,8 @@ def extrapolate_sample_batch(recipe: Recipe, prediction: Prediction, allowed: fl
     for phase in ("class_images", "sample", "evaluate"):
         if usage := prediction.by_phase.get(phase):
             batch = max(present, recipe.sample.images_per_prompt) if phase == "sample" else present
-            per_batch = _generating_gib(usage)
-            most = min(most, int((free - usage.allocated / GIB + per_batch) * batch / per_batch))
+            if per_batch := _generating_gib(usage):
+                most = min(most, int((free - usage.allocated / GIB + per_batch) * batch / per_batch))
     size = 2 ** (min(most, MAX_SAMPLE_BATCH).bit_length() - 1) if most > 0 else 0
     return size if size > present else None
 

@@ -120,7 +120,7 @@ def format_plan(plan: Plan) -> str:
         lines += [f"{option.saved_gib:>5.1f} {_format_number(option.extra_seconds, '{:+z.1f}'):>6} "
                   f"{' ' if option.exact else '*'} {option.overrides}" for option in options]
     if batch := plan.larger_sample_batch:
-        lines += ["", f"prior.sample_batch_size={batch} fits, too: images are generated {batch} at a time"]
+        lines += ["", f"prior.sample_batch_size={batch} fits, too (another run, with new class images)"]
     if plan.serving:
         lines += ["", *format_serving(plan.serving)]
     return "\n".join(fill(line, WIDTH, subsequent_indent="  ") if len(line) > WIDTH else line for line in lines)

@@ -84,7 +84,7 @@ def identity(root: DictConfig, swept: bool = False) -> str:
 
     The hash does not include:
     - the hardware, and memory settings that do not change the result;
-    - the sections sample, tracking and checkpoint;
+    - the sections sample, tracking and checkpoint, and `train.compile_cache`;
     - the section evaluate, unless evaluate.select or train.stop_when is set: this section then determines the exported
       weights, or when the run ends;
     - `train.validate_every`, unless evaluate.select or train.stop_when names validation_loss;

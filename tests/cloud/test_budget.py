@@ -3,7 +3,6 @@
 import json
 import subprocess
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,36 +51,38 @@ def priced(count: int, usd_hour: float | None = 1.0, hours: float | None = 1.0) 
 
 def planned(monkeypatch: pytest.MonkeyPatch, *overrides: str, count: int = 1) -> list[Job]:
     """The jobs of a sweep, one hour each, whose inputs must not be uploaded if the budget refuses them."""
+    monkeypatch.setattr(job_preparation, "_plans", {})
     monkeypatch.setattr(job_preparation, "_run_planner", lambda overrides: (HOUR, ""))
     words = ("hardware=g4dn", "hydra.launcher.plan=true", *PHOTOS, *overrides)
     return jobs_of(*(config_of(*words, number=number) for number in range(count)))
 
 
 def test_jobs_with_the_same_plan_run_the_planner_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, ...]] = []
+    calls: list[list[str]] = []
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        calls.append(tuple(word for word in command if word in ("method=lora", "train.max_train_steps=9")))
+        calls.append([word for word in command if word.startswith(("method=", "train."))])
         return subprocess.CompletedProcess(command, 0, json.dumps(HOUR), "")
 
     monkeypatch.setattr(job_preparation, "subprocess", SimpleNamespace(run=run))
-    monkeypatch.setattr(job_preparation, "_run_planner", cache(job_preparation._run_planner.__wrapped__))
+    monkeypatch.setattr(job_preparation, "_plans", {})
     words = (["train.seed=1"], ["train.seed=2", "train.learning_rate=1e-5"], ["train.seed=3", "method=lora"],
              ["train.max_train_steps=9"])
     found = jobs_of(*(config_of("hardware=g4dn", "hydra.launcher.plan=true", *PHOTOS, *more, number=number)
                       for number, more in enumerate(words)))
-    assert calls == [(), ("method=lora",), ("train.max_train_steps=9",)]
+    assert calls == [["train.seed=1"], ["train.seed=3", "method=lora"], ["train.max_train_steps=9"]], "whole, but once"
     assert [job.estimate_seconds for job in found] == [HOUR["run_seconds"]] * 4
 
 
 def test_a_job_that_does_not_fit_is_refused_once_for_each_job_with_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_preparation, "_plans", {})
     monkeypatch.setattr(job_preparation, "_run_planner", lambda overrides: ({}, "it does not fit"))
     with pytest.raises(ConfigError) as caught:
         jobs_of(*(config_of("hardware=g4dn", "hydra.launcher.plan=true", *PHOTOS, number=number) for number in (0, 1)))
     assert caught.value.problems == ("job 0: it does not fit", "job 1: it does not fit")
 
 
-CHANGED = {"train.seed": "5", "train.learning_rate": "1e-3", "train.text_encoder_learning_rate": "1e-4",
+CHANGED = {"train.seed": "5", "train.learning_rate": "1e-3",
            "train.lr_scheduler": "cosine", "train.lr_warmup_steps": "3", "train.ema_decay": "0.9",
            "prior.prior_loss_weight": "0.3", "method.alpha": "3", "optimizer.beta1": "0.8", "optimizer.beta2": "0.9",
            "optimizer.eps": "1e-6", "optimizer.weight_decay": "0.1", "name": "other", "tracking.sweep": "other"}
@@ -89,12 +90,19 @@ CHANGED = {"train.seed": "5", "train.learning_rate": "1e-3", "train.text_encoder
 
 def test_settings_that_share_a_plan_have_no_effect_on_it() -> None:
     assert CHANGED.keys() == job_preparation.WITHOUT_EFFECT_ON_PLAN
-    words = ["hardware=g4dn", "method=lora", "train.train_text_encoder=true", "model=tiny"]
-    plans = []
-    for more in ([], [f"{key}={value}" for key, value in CHANGED.items()]):
-        recipe = compose_recipe(*words, *more)
-        plans.append(plan_as_dict(Plan(recipe, predict(recipe), (), "")))
-    assert plans[0] == plans[1]
+    words = ["hardware=g4dn", "train.train_text_encoder=true", "model=tiny", "train.lr_scheduler=constant_with_warmup"]
+    plain = {name: plan_of(*words, f"method={name}") for name in ("full", "lora")}
+    for key, value in CHANGED.items():
+        name = "lora" if key == "method.alpha" else "full"
+        assert plan_of(*words, f"method={name}", f"{key}={value}") == plain[name], key
+    assert plan_of(*words, "train.text_encoder_learning_rate=1e-4") != plain["full"]
+
+
+def plan_of(*words: str) -> tuple[dict[str, Any], bool, bool]:
+    """The plan, and the options between which memory=auto may choose."""
+    recipe = compose_recipe(*words)
+    return (plan_as_dict(Plan(recipe, predict(recipe), (), "")), recipe.allows_optimizer_in_backward,
+            recipe.allows_offload_optimizer)
 
 
 def test_a_sweep_that_would_pass_its_budget_is_not_submitted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,8 +34,9 @@ def test_a_half_uploaded_base_is_found_before_a_job_begins(monkeypatch: pytest.M
 
 
 def test_folders_of_the_submitting_machine_are_not_sent() -> None:
-    sent = request_of("hardware=g4dn", *PHOTOS, "run_root=here", "storage.cache=there")["HyperParameters"]
-    assert not sent.keys() & {"run_root", "storage.cache", "dataset", "dataset.instance_dir"}
+    sent = request_of("hardware=g4dn", *PHOTOS, "run_root=here", "storage.cache=there",
+                      "train.compile_cache=code")["HyperParameters"]
+    assert not sent.keys() & {"run_root", "storage.cache", "train.compile_cache", "dataset", "dataset.instance_dir"}
 
 
 @pytest.mark.parametrize("mode", ["aws", "docker"])

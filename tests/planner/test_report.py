@@ -115,8 +115,18 @@ def test_a_larger_sample_batch_is_suggested_if_a_rehearsal_of_it_fits(vram: floa
 def test_no_sample_batch_is_larger_than_the_number_of_images() -> None:
     choice = choice_with(11, 40.0)
     assert larger_sample_batch(choice) == 8
+
+
+def test_no_sample_batch_is_suggested_for_a_run_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = choice_with(11, 0.5)
+    monkeypatch.setattr(auto_memory, "predict", lambda recipe: pytest.fail("it was rehearsed again"))
+    assert larger_sample_batch(choice) is None
+
+
+def test_a_larger_sample_batch_is_the_last_line_before_the_serving_table() -> None:
+    choice = choice_with(11, 40.0)
     plan = Plan(choice.recipe, choice.prediction, (), "", larger_sample_batch=8)
-    assert "prior.sample_batch_size=8 fits, too: images are generated 8 at a time" in format_plan(plan).splitlines()
+    assert "prior.sample_batch_size=8 fits, too (another run, with new class images)" in format_plan(plan).splitlines()
 
 
 def choice_with(class_images: int, vram: float, resolution: int = 64) -> auto_memory.Choice:
