@@ -7,17 +7,29 @@ counter-based (Salmon et al. 2011), so different keys give independent streams.
 
 from functools import lru_cache
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.random.bit_generator import ISeedSequence
 
 Key = tuple[int | str, ...]
 
 
 def stream(*key: int | str) -> np.random.Generator:
     """Return a new random generator that starts at the beginning of the stream of `key`."""
-    digest = blake2b(repr(key).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+    return np.random.Generator(np.random.Philox(_PhiloxKey(blake2b(repr(key).encode(), digest_size=16).digest())))
+
+
+class _PhiloxKey(ISeedSequence):
+    """The key of Philox, given as its seed: with the argument `key`, numpy would also read entropy and drop it."""
+
+    def __init__(self, digest: bytes) -> None:
+        self._words = np.frombuffer(digest, "<u8").astype(np.uint64)
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint64) -> Any:
+        """Return the two words of the key."""
+        return self._words
 
 
 @lru_cache(maxsize=64)
