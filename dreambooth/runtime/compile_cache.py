@@ -88,6 +88,6 @@ def _make_private(path: Path, advice: str) -> Path:
         found = part.stat()
         shared = found.st_mode & _OTHERS_WRITE and not (part != folder and found.st_mode & stat.S_ISVTX)
         if shared or found.st_uid not in (os.geteuid(), 0):
-            raise UserError(f"other users can change {part}, and this run would execute what they put into {folder}, the "
-                            f"folder of compiled code: {advice}")
+            raise UserError(f"other users can change {part}, and this run would execute what they put into {folder}, "
+                            f"the folder of compiled code: {advice}")
     return folder
