@@ -18,7 +18,8 @@ Key = tuple[int | str, ...]
 
 def stream(*key: int | str) -> np.random.Generator:
     """Return a new random generator that starts at the beginning of the stream of `key`."""
-    return np.random.Generator(np.random.Philox(_PhiloxKey(blake2b(repr(key).encode(), digest_size=16).digest())))
+    philox_key: Any = _PhiloxKey(blake2b(repr(key).encode(), digest_size=16).digest())  # numpy's type lacks ISeedSequence
+    return np.random.Generator(np.random.Philox(philox_key))
 
 
 class _PhiloxKey(ISeedSequence):
