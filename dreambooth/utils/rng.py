@@ -18,12 +18,15 @@ Key = tuple[int | str, ...]
 
 def stream(*key: int | str) -> np.random.Generator:
     """Return a new random generator that starts at the beginning of the stream of `key`."""
-    philox_key: Any = _PhiloxKey(blake2b(repr(key).encode(), digest_size=16).digest())  # numpy's type lacks ISeedSequence
+    philox_key: Any = _PhiloxKey(blake2b(repr(key).encode(), digest_size=16).digest())
     return np.random.Generator(np.random.Philox(philox_key))
 
 
 class _PhiloxKey(ISeedSequence):
-    """The key of Philox, given as its seed: with the argument `key`, numpy would also read entropy and drop it."""
+    """The key of Philox, given as its seed: with the argument `key`, numpy would also read entropy and drop it.
+
+    numpy's type of a seed lacks ISeedSequence, therefore Any above.
+    """
 
     def __init__(self, digest: bytes) -> None:
         self._words = np.frombuffer(digest, "<u8").astype(np.uint64)
