@@ -52,10 +52,8 @@ def execute(recipe: Recipe, stop: StopRequest) -> Result:
                     return done
             recipe, predicted, note = engine.run_on_main(
                 partial(auto_memory.apply_auto_memory, recipe, engine.world_size))
-            if recipe.train.compile:
-                folder = compile_cache.set_folder(recipe.train.compile_cache)
-                console.say(f"compiled code: {folder}; the first step takes minutes if there is none of this recipe")
-            console.table(report.plan_table(recipe) | ({"memory": note} if note else {}))
+            console.table(report.plan_table(recipe) | ({"memory": note} if note else {})
+                          | compile_cache.prepare(recipe.train))
             start = checkpoint_transfer.resume_point(recipe.run_dir, recipe.checkpoint.resume, engine)
             stack.enter_context(run_budget.limit_run(recipe, stop, engine, start))
             advice = partial(oom_advice.suggest_overrides, recipe=recipe.with_processes(engine.world_size))

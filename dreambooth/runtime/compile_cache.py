@@ -13,12 +13,25 @@ import tempfile
 from hashlib import sha256
 from pathlib import Path
 
+from dreambooth.config.schema import Train
 from dreambooth.errors import UserError
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 USER_FOLDER = os.environ.get(VARIABLE)  # before torch, which sets the variable when parts of it are imported
 CPU_INFO = Path("/proc/cpuinfo")
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+def prepare(train: Train) -> dict[str, str]:
+    """Call `set_folder` if a run compiles its model. Return a row about the folder for the table of the run, or {}.
+
+    Raises:
+        UserError: as in `set_folder`.
+    """
+    if not train.compile:
+        return {}
+    folder = set_folder(train.compile_cache)
+    return {"compiled": f"in {folder}; without code for this recipe there, the first step takes minutes"}
 
 
 def set_folder(setting: str | None) -> Path:

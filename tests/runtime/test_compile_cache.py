@@ -104,6 +104,13 @@ def test_the_folder_of_precompiled_headers_is_checked(tmp_path: Path, monkeypatc
         compile_cache.set_folder(None)
 
 
+def test_only_a_run_that_compiles_has_a_folder(tmp_path: Path) -> None:
+    assert compile_cache.prepare(Train()) == {} and compile_cache.VARIABLE not in os.environ
+    row = compile_cache.prepare(Train(compile=True, compile_cache=str(tmp_path / "code")))["compiled"]
+    assert row.startswith(f"in {tmp_path / 'code'}/") and "the first step takes minutes" in row
+    assert os.environ[compile_cache.VARIABLE] in row
+
+
 def test_an_address_is_no_folder() -> None:
     with pytest.raises(ValueError, match=r"train\.compile_cache must be a local folder, or null, not s3://b/x"):
         Train(compile_cache="s3://b/x")
