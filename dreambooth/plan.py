@@ -59,8 +59,8 @@ def _job(config: Config, sweep: bool) -> float:
     import_libraries()
     choice = auto_memory.choose_memory_options(recipe)
     serving: list[serving_plan.ServingPlan] = []
-    as_table = config.plan.format is PlanFormat.table and not sweep
-    larger = auto_memory.larger_sample_batch(choice) if as_table else None
+    searched = config.plan.larger_batch and config.plan.format is PlanFormat.table and not sweep
+    larger = auto_memory.larger_sample_batch(choice) if searched else None
     if recipe.device == "cuda" and not sweep:
         serving = serving_plan.plan_presets(serving_plan.model_of_recipe(
             choice.recipe, choice.prediction.trained_parameters, SERVED_BATCH))

@@ -150,7 +150,7 @@ def _validate(overrides: list[str], space: str, out: Path, supervisor: Superviso
         raise ConfigError(*dict.fromkeys(problems))
     for trial in plans.values():
         local = [override for override in (*overrides, *trial) if S3_SCHEME not in override]
-        status = supervisor.run(_module_command("plan", local), {})
+        status = supervisor.run(_module_command("plan", [*local, "plan.larger_batch=false"]), {})
         if status.code:
             return status
     texts = [pod_spec.escape_variables(shlex.join(trial)) for trial in trials]  # the engine puts them into args

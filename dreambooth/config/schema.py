@@ -321,6 +321,7 @@ class Plan(Section):
 
     format: PlanFormat = PlanFormat.table
     plot: str | None = None
+    larger_batch: bool = True
 
 
 @dataclass
