@@ -134,7 +134,8 @@ def test_a_recipe_cannot_be_changed_and_its_settings_hold_no_server() -> None:
 
 
 SAME = ["hardware=cpu", "memory=low", "tracking=none", "sample.every=7", "checkpoint.keep=9", "run_root=/x",
-        "train.compile_cache=/x", "train.max_train_steps=9", "prior.sample_batch_size=32", "memory=lowest", "memory.offload_optimizer=true"]
+        "train.compile_cache=/x", "train.max_train_steps=9",
+        "prior.sample_batch_size=32", "memory=lowest", "memory.offload_optimizer=true"]
 OTHER = ["train.learning_rate=1", "train.seed=1", "dataset.instance_prompt=a zwx", "model.resolution=128",
          "precision=bf16", "prior.prior_loss_weight=9", "train.lr_scheduler=cosine", "optimizer.eps=1",
          "memory.weights=half", "memory.rounding=kahan", "memory.ema_every=2", "prior.sample_batch_size=1"]

@@ -118,7 +118,7 @@ def test_no_sample_batch_is_larger_than_the_number_of_images() -> None:
 
 
 def test_no_sample_batch_is_suggested_for_a_run_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    choice = choice_with(11, 0.5)
+    choice = choice_with(100, 1.1, resolution=256)
     monkeypatch.setattr(auto_memory, "predict", lambda recipe: pytest.fail("it was rehearsed again"))
     assert larger_sample_batch(choice) is None
 
