@@ -21,8 +21,10 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(autouse=True)
 def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"AWS_ACCESS_KEY_ID": "AKIDEXAMPLE", "AWS_SECRET_ACCESS_KEY": "secret",
-                        "MLFLOW_HTTP_REQUEST_TIMEOUT": "60"}.items():
+                        "MLFLOW_HTTP_REQUEST_TIMEOUT": "60", "MLFLOW_TRACKING_URI": "of these tests"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # MLflow sets it, with its global address; later tests have their own
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", None)
 
 
 @pytest.mark.parametrize("arn", ARNS)
