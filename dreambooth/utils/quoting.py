@@ -25,7 +25,7 @@ def hydra_string(text: str) -> str:
     needs_single_quotes_in_shell = not _SAFE_IN_DOUBLE_QUOTES.fullmatch(text)
     mark = '"' if '"' not in text and ("'" in text or needs_single_quotes_in_shell) else "'"
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
-    escaped = re.sub(r"(\\+)$", r"\1\1", re.sub(rf"(\\*){mark}", rf"\1\1\\{mark}", text))
+    escaped = re.sub(r"(\\+)\Z", r"\1\1", re.sub(rf"(\\*){mark}", rf"\1\1\\{mark}", text))
     return f"{mark}{escaped}{mark}"
 
 

@@ -49,6 +49,7 @@ def received(word: str) -> tuple[str, object]:
 @settings(deadline=None, max_examples=10)
 @given(st.lists(TEXTS | SPECIAL, min_size=1, max_size=12))
 @example(PROMPTS)
+@example(["\\\n", "a\\\\\n"])  # a backslash before the last newline is not at the end
 def test_a_pasted_command_receives_the_texts_that_it_was_printed_for(texts: list[str]) -> None:
     lines = [quoting.command("generate", {"run": text, "prompt": text}) for text in texts]
     for text, line, words in zip(texts, lines, pasted(lines), strict=True):
