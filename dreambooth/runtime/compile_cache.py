@@ -93,7 +93,8 @@ def _make_private(path: Path, advice: str) -> Path:
         OSError: the folder cannot be created or written.
         UserError: the folder or one of its parents belongs to another user, or others may write there.
     """
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for part in (*reversed(path.parents), path):  # with parents=True, the umask alone would give the parents' modes
+        part.mkdir(mode=0o700, exist_ok=True)
     folder = path.resolve()
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError("it cannot be written")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth.config.compose import conf_dir
+from dreambooth import plan
+from dreambooth.config.compose import conf_dir, load
 from dreambooth.config.dataset import Subject
 from dreambooth.config.enums import EncoderKind
 from dreambooth.planner import auto_memory
@@ -15,7 +16,7 @@ from dreambooth.planner.gpu_specs import CARDS, find_card
 from dreambooth.planner.rehearsal import predict
 from dreambooth.planner.report import Plan, format_comparison, format_plan, plans_as_json, plot_step_memory
 from dreambooth.planner.time_and_cost import estimate, step_seconds
-from tests.support.configs import small_recipe
+from tests.support.configs import compose_config, small_recipe
 
 # -- cards, time and price ----------------------------------------------------------------------------------------
 
@@ -125,8 +126,19 @@ def test_no_sample_batch_is_suggested_for_a_run_that_does_not_fit(monkeypatch: p
 
 def test_a_larger_sample_batch_is_the_last_line_before_the_serving_table() -> None:
     choice = choice_with(11, 40.0)
-    plan = Plan(choice.recipe, choice.prediction, (), "", larger_sample_batch=8)
-    assert "prior.sample_batch_size=8 fits, too (another run, with new class images)" in format_plan(plan).splitlines()
+    text = format_plan(Plan(choice.recipe, choice.prediction, (), "", larger_sample_batch=8))
+    assert "prior.sample_batch_size=8 fits, too (another run, with new class images)" in text.splitlines()
+
+
+@pytest.mark.parametrize("word, searched", [("plan.larger_batch=true", 1), ("plan.larger_batch=false", 0),
+                                            ("plan.format=json", 0)])
+def test_a_larger_sample_batch_is_searched_only_for_the_table(word: str, searched: int,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[auto_memory.Choice] = []
+    monkeypatch.setattr(auto_memory, "larger_sample_batch", calls.append)
+    monkeypatch.setattr(plan, "_plans", [])
+    plan._job(load(compose_config("hardware=g4dn", "model=tiny", word)), sweep=False)
+    assert len(calls) == searched
 
 
 def choice_with(class_images: int, vram: float, resolution: int = 64) -> auto_memory.Choice:

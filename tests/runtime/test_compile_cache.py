@@ -34,6 +34,15 @@ def test_the_default_is_a_folder_of_the_user_that_nobody_else_may_enter(tmp_path
     assert compile_cache.set_folder(None).parent == tmp_path / "caches/dreambooth/compiled"
 
 
+def test_new_parents_are_private_whatever_the_umask_is() -> None:
+    before = os.umask(0o002)
+    try:
+        folder = compile_cache.set_folder(None)
+    finally:
+        os.umask(before)
+    assert {part.stat().st_mode & 0o777 for part in (folder, *list(folder.parents)[:3])} == {0o700}
+
+
 def test_the_setting_comes_before_the_variable_and_the_variable_before_the_default(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_cache, "USER_FOLDER", str(tmp_path / "variable"))
