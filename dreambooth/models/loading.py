@@ -23,6 +23,7 @@ from dreambooth.models.components import disable_vae_autocast, training_schedule
 from dreambooth.models.families.family import Family
 from dreambooth.models.pointwise_conv import use_matrix_products
 from dreambooth.models.quantization import quantise
+from dreambooth.models.rms_norm import use_lean_norms
 from dreambooth.utils.imports import without_bitsandbytes, without_garbage_collection
 
 TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.fp16: torch.float16, Dtype.bf16: torch.bfloat16}
@@ -227,6 +228,7 @@ def prepare(parts: Components, recipe: Recipe) -> TrainedModel:
     """
     family, denoiser = parts.family, parts.denoiser
     family.set_attention(denoiser, recipe.attention.kind)
+    use_lean_norms(denoiser)
     if recipe.train.channels_last:
         denoiser.to(memory_format=torch.channels_last)
     elif recipe.device == "cpu" and recipe.precision.dtype is Dtype.fp32:

@@ -51,7 +51,7 @@ class OffloadedOptimizer(StreamingOptimizer):
         self._opt_called = True  # otherwise the learning-rate schedule warns that `step` was never called
         losses = forward_backward()
         found_inf = self._unscale(engine)
-        norm = engine.clip_unscaled(self.masters.values(), max_grad_norm)
+        norm = engine.clip_unscaled(self.inner, self.masters.values(), max_grad_norm)
         if not engine.overflowed(found_inf):
             self.inner.step()
         stepped = engine.update_scaler(found_inf.to(next(iter(self.device_weights.values())).device))

@@ -27,6 +27,7 @@ from dreambooth.optim.streaming_optimizer import (
     upcast_half,
 )
 from dreambooth.runtime.engine import Engine
+from dreambooth.runtime.gradient_clipping import divisor, gradient_norm
 
 
 @dataclass
@@ -47,13 +48,13 @@ class GradientStatistics:
 
     def record(self, number: int, updater: ParameterUpdater) -> None:
         """Record the norm of the gradient of parameter `number`, which `updater` updates."""
-        norms = [torch._foreach_norm([self.unscale(piece)])[0] for piece in updater.gradients()]
+        norms = [gradient_norm(self.unscale(piece)) for piece in updater.gradients()]
         self.norms[number] = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
     def global_norm(self) -> Tensor:
         """Return the norm of all gradients together (0-d).
 
-        As in clip_grad_norm_, it is computed as the norm of the vector of all parameters' gradient norms.
+        As in gradient_clipping.total_norm, it is computed as the norm of the vector of all parameters' gradient norms.
         """
         norm: Tensor = torch.linalg.vector_norm(torch.stack([self.norms[number] for number in sorted(self.norms)]))
         return norm
@@ -93,10 +94,8 @@ class PerParameterOptimizer(StreamingOptimizer):
                     statistics.record(number, updater)
         norm = statistics.global_norm()
         if not engine.overflowed(statistics.found_inf):
-            factor = None
-            if max_grad_norm is not None:  # the formula of clip_grad_norm_
-                factor = torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0)
-            self._step_all(forward_backward, statistics, factor, step)
+            clipping = None if max_grad_norm is None else divisor(norm, max_grad_norm)
+            self._step_all(forward_backward, statistics, clipping, step)
         # This call comes last, because it may raise the loss scale, and both passes need the same scale.
         stepped = engine.update_scaler(statistics.found_inf)
         self.zero_grad(set_to_none=True)
@@ -154,7 +153,7 @@ class PerParameterOptimizer(StreamingOptimizer):
         updater.parameter.grad = None
 
     def _step_all(self, forward_backward: Callable[[], Tensor], statistics: GradientStatistics,
-                  factor: Tensor | None, step: int) -> None:
+                  clipping: Tensor | None, step: int) -> None:
         """Update every parameter.
 
         With `in_backward`, a second forward and backward pass computes the gradients again. Otherwise the stored
@@ -162,22 +161,22 @@ class PerParameterOptimizer(StreamingOptimizer):
 
         Args:
             statistics: holds the loss scale, by which each gradient is divided.
-            factor: clipping multiplies each gradient by this number; None: no clipping.
+            clipping: each gradient is divided by this number, 0-d; None: no clipping.
             step: number of steps that are completed before this one.
         """
         if self.in_backward:
-            with self._on_each_gradient(partial(self._step_one, statistics, factor, step)):
+            with self._on_each_gradient(partial(self._step_one, statistics, clipping, step)):
                 forward_backward()
             return
         for number, updater in enumerate(self.updaters):
             if updater.parameter.grad is not None:
-                self._step_one(statistics, factor, step, number, updater)
+                self._step_one(statistics, clipping, step, number, updater)
 
     @torch.no_grad()
-    def _step_one(self, statistics: GradientStatistics, factor: Tensor | None, step: int, number: int,
+    def _step_one(self, statistics: GradientStatistics, clipping: Tensor | None, step: int, number: int,
                   updater: ParameterUpdater) -> None:
         def unscale_and_clip(piece: Tensor) -> Tensor:
             gradient = statistics.unscale(piece)
-            return gradient if factor is None else gradient.mul_(factor.to(gradient))
+            return gradient if clipping is None else gradient.div_(clipping.to(gradient))
 
         updater.step(unscale_and_clip, self.param_groups[0]["lr"], step)

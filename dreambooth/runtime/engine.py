@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 from dreambooth.config.enums import Dtype
 from dreambooth.errors import Interrupted
-from dreambooth.runtime import cpu_tuning
+from dreambooth.runtime import cpu_tuning, gradient_clipping
 from dreambooth.runtime.async_readback import AsyncReadback
 from dreambooth.utils.signals import StopRequest
 
@@ -84,16 +84,12 @@ class Engine:
     def clip(self, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], limit: float | None) -> Tensor:
         """Unscale the gradients, clip their global norm to `limit`, and return the norm before clipping (0-d)."""
         self.scaler.unscale_(optimizer)
-        return self.clip_unscaled(parameters, limit)
+        return self.clip_unscaled(optimizer, parameters, limit)
 
-    def clip_unscaled(self, parameters: Iterable[Tensor], limit: float | None) -> Tensor:
+    def clip_unscaled(self, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], limit: float | None
+                      ) -> Tensor:
         """Clip the global norm of unscaled gradients to `limit`, and return the norm before clipping (0-d)."""
-        trained = [p for p in parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        if limit is not None:
-            nn.utils.clip_grads_with_norm_(trained, limit, norm)
-        whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor: memory.fully_shard
-        return whole
+        return gradient_clipping.clip(parameters, limit, optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Step the optimizer. Return False if the loss scaler skipped the step because a gradient overflowed.
