@@ -327,7 +327,7 @@ class _Rehearsal:
         """Encode the largest batch of photos with the VAE, and one prompt with the text encoders."""
         if self.memory.cache_latents:
             side = self.recipe.model.resolution  # a square: no bucket has more pixels
-            before, size = self.trace.total_flops, encode_batch_size(side)
+            before, size = self.trace.total_flops, encode_batch_size(side, self.recipe.device)
             self.parts.encode(torch.empty(size, 3, side, side))
             self.encode_flops = (self.trace.total_flops - before) // size
         if self.memory.cache_text and not (self.recipe.encodes_in_step or self.encodes_ahead):

@@ -14,7 +14,7 @@ from dreambooth.config.enums import EmaDevice, LatentCache
 from dreambooth.config.method import has_word
 from dreambooth.config.recipe import Recipe
 from dreambooth.data import class_images, latent_cache, photo_report, subjects
-from dreambooth.data.batches import Batches, Latents
+from dreambooth.data.batches import Batches, Latents, encode_batch_size
 from dreambooth.data.index import records
 from dreambooth.data.index.photo_loader import PhotoLoader
 from dreambooth.data.photo_set import PhotoSet
@@ -303,7 +303,7 @@ def _build_latents(recipe: Recipe, parts: loading.Components, photo_sets: list[P
         total = sum(len(photo_set.photos) * (1 + photo_set.random_flip) for photo_set in photo_sets)
         with console.bar("encoding", total) as bar:
             for photo_set in photo_sets:
-                latents.fill(photo_set, bar.tick)
+                latents.fill(photo_set, bar.tick, encode_batch_size(latents.resolution, parts.vae.device.type))
     return latents
 
 

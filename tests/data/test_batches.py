@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dreambooth.data import aspect_buckets, image_formats, photos
-from dreambooth.data.batches import Batches
+from dreambooth.data.batches import Batches, encode_batch_size
 from dreambooth.data.index.file_hashes import NO_FINGERPRINT, fingerprint
 from dreambooth.data.latent_cache import LatentStore
 from dreambooth.data.photo_set import PhotoSet
@@ -180,7 +180,7 @@ def test_cached_latents_of_buckets_equal_uncached_ones(where: str, tmp_path: Pat
     cached, plain = bucketed_batches(2), bucketed_batches(2)
     cached.latents.store = LatentStore(LatentCache(where), torch.device("cpu"), tmp_path)
     for photo_set in cached.photo_sets:
-        cached.latents.fill(photo_set, lambda count: None)
+        cached.latents.fill(photo_set, lambda count: None, 16)
     for step in range(8):
         for a, b in zip(cached(step)[0].halves(), plain(step)[0].halves(), strict=True):
             assert a.latents.equal(b.latents)
@@ -253,3 +253,10 @@ def test_the_loss_gives_the_model_size_and_crop_if_it_uses_them() -> None:
 
 def test_photos_can_be_cropped_to_any_size() -> None:
     assert crop_to_size(np.zeros((9, 14, 3), dtype=np.uint8), (8, 12), None, False).shape == (8, 12, 3)
+
+
+@pytest.mark.parametrize("resolution, device, photos", [
+    (64, "cpu", 16), (256, "cpu", 1), (512, "cpu", 1), (64, "cuda", 16), (256, "cuda", 16), (512, "cuda", 4),
+    (1024, "cuda", 1)])
+def test_the_vae_encodes_as_many_photos_at_a_time_as_help(resolution: int, device: str, photos: int) -> None:
+    assert encode_batch_size(resolution, device) == photos

@@ -43,7 +43,7 @@ CPU = torch.device("cpu")
 def filled(store: LatentStore, counts: list[int] | None = None, flip: bool = True) -> Latents:
     """A filled latent cache; `counts` receives the numbers of encoded images."""
     latents = Latents(encode_pixels, 8, 0.5, store)
-    latents.fill(make_photo_set(flip=flip), lambda count: (counts if counts is not None else []).append(count))
+    latents.fill(make_photo_set(flip=flip), lambda count: (counts if counts is not None else []).append(count), 16)
     return latents
 
 

@@ -73,7 +73,7 @@ def make_batches(batch: int = 2, accumulation: int = 1, world_size: int = 1, ran
     latents = Latents(encode_pixels, 8, scale)
     if cache:
         for photo_set in photo_sets:
-            latents.fill(photo_set, lambda count: None)
+            latents.fill(photo_set, lambda count: None, 16)
     return Batches(
         photo_sets=photo_sets, latents=latents, encode_prompt=lambda prompt: torch.tensor([[int(prompt[-1])]]),
         latent_shape=(1, 8, 8), num_timesteps=1000, seed=3, batch_size=batch, accumulation=accumulation,
