@@ -2,8 +2,8 @@
 
 It measures the forward and backward pass of every 1x1 convolution of the tiny base at 64 px and of Stable Diffusion 1.5
 at 256 px. A pass on fake tensors determines the sizes of their inputs. Both implementations alternate in one process,
-and the table contains medians of wall time. `dreambooth/models/pointwise_conv.py` uses matrix products, except for
-layers with more than 8 output channels per pixel, which stay convolutions; the table marks these layers with *.
+and the table contains medians of wall time. `dreambooth/models/layers/pointwise_conv.py` uses matrix products, except
+for layers with more than 8 output channels per pixel, which stay convolutions; the table marks these layers with *.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch import nn
 
 from dreambooth.config.compose import conf_dir, load
 from dreambooth.config.recipe import resolve
-from dreambooth.models import pointwise_conv
+from dreambooth.models.layers import pointwise_conv
 from dreambooth.models.loading import import_libraries
 from dreambooth.planner.fake_cuda import fake_tensors
 from dreambooth.planner.skeleton_models import build_skeleton

@@ -107,8 +107,8 @@ def join_batches(parts: Sequence[Batch]) -> Batch:
 def encode_batch_size(resolution: int, device: str) -> int:
     """Return the number of photos per call of the VAE: 1 to 16, with at most about a million pixels in all.
 
-    On a CPU they have at most 2^16 pixels: there, larger batches take as much time per photo, and 0.3 GiB of memory per
-    2^16 pixels with the VAE of Stable Diffusion 1.5.
+    On a CPU they have at most 2^16 pixels, because larger batches take as much time per photo there. A VAE of the
+    published size needs 0.3 GiB for 2^16 pixels.
 
     Args:
         device: "cpu" or "cuda".

@@ -21,9 +21,9 @@ from dreambooth.models.block_swap import BlockSwap
 from dreambooth.models.components import Components as Components
 from dreambooth.models.components import disable_vae_autocast, training_scheduler
 from dreambooth.models.families.family import Family
-from dreambooth.models.pointwise_conv import use_matrix_products
+from dreambooth.models.layers.pointwise_conv import use_matrix_products
+from dreambooth.models.layers.rms_norm import use_lean_norms
 from dreambooth.models.quantization import quantise
-from dreambooth.models.rms_norm import use_lean_norms
 from dreambooth.utils.imports import without_bitsandbytes, without_garbage_collection
 
 TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.fp16: torch.float16, Dtype.bf16: torch.bfloat16}

@@ -1,1 +1,1 @@
-"""LoKr and LoHa adapters (factors.py, layers.py), and the choice of the layers and ranks of adapters (selection.py)."""
+"""Layers with a LoRA (lora_linear.py), LoKr and LoHa (factors.py, layers.py), and their choice (selection.py)."""

@@ -23,14 +23,15 @@ class LoraLinear(Linear):
         if self.disable_adapters or self.merged:
             unchanged: Tensor = super().forward(x, *args, **kwargs)
             return unchanged
-        [name] = self.lora_A
-        down, up, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        layer: Any = self
+        [name] = layer.lora_A
+        down, up, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
         # Two dimensions: an addition in place to a view would copy the gradient of the whole tensor.
         rows = x.flatten(0, -2)
-        result = self.base_layer(rows)
-        dropout = self.lora_dropout[name]
+        result: Tensor = layer.base_layer(rows)
+        dropout = layer.lora_dropout[name]
         kept = rows if isinstance(dropout, nn.Identity) else dropout(x).flatten(0, -2)
-        low = F.linear(self._cast_input_dtype(kept, down.dtype), down)
+        low = F.linear(layer._cast_input_dtype(kept, down.dtype), down)
         if low.dtype == result.dtype:
             result.addmm_(low, up.to(low.dtype).t(), alpha=scale)
         else:

@@ -7,7 +7,7 @@ import torch
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
-from dreambooth.models.rms_norm import LeanRMSNorm, use_lean_norms
+from dreambooth.models.layers.rms_norm import LeanRMSNorm, use_lean_norms
 
 
 def pair(dtype: torch.dtype = torch.float64, weight_dtype: torch.dtype | None = None) -> tuple[nn.Module, nn.Module]:

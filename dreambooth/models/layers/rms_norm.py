@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class LeanRMSNorm(RMSNorm):
-    """RMS normalization (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4), y = w x r with r = (mean(x^2) + eps)^(-1/2).
+    """RMS normalization (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4): y = w x r, r = (mean(x^2) + eps)^(-1/2).
 
     The output has the precision that diffusers' class gives it. It differs from that of the class in the order of the
     sum of x^2 alone. For the backward pass, x, w and r are kept, one r per row.
@@ -34,7 +34,8 @@ class _Normalize(torch.autograd.Function):
         scaled = x * factors
         if weight.dtype in (torch.float16, torch.bfloat16):
             scaled = scaled.to(weight.dtype)
-        return scaled.mul_(weight)
+        output: Tensor = scaled.mul_(weight)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

@@ -12,7 +12,7 @@ from dreambooth.config.compose import load
 from dreambooth.config.recipe import Recipe, resolve
 from dreambooth.data.batches import Batch
 from dreambooth.models import loading
-from dreambooth.models.pointwise_conv import MAX_CHANNELS_PER_PIXEL, PointwiseConv2d, use_matrix_products
+from dreambooth.models.layers.pointwise_conv import MAX_CHANNELS_PER_PIXEL, PointwiseConv2d, use_matrix_products
 from tests.support.configs import compose_config
 from tests.support.tiny_models import make
 from tests.support.toy_model import make_batches, make_photo_set
