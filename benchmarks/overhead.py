@@ -1,8 +1,9 @@
-"""Measures what dreambooth adds to the training step and to the start of a process, and what its CPU tuning gains.
+"""Measures what dreambooth adds to a training step and to the start of a process, and what its own forms of them gain.
 
     python benchmarks/overhead.py loop [--models tiny full sdxl_lora flow_lora] [--steps 60] [--write]
     python benchmarks/overhead.py start [--rounds 5] [--write]
     python benchmarks/overhead.py tuning [--models tiny full] [--rounds 5] [--write]
+    python benchmarks/overhead.py forms [--steps 40] [--write]
 
 loop: two kinds of steps alternate in one process, with the same modules and optimizer, on the tasks of speed.py:
 
@@ -18,6 +19,9 @@ other is the demo, until its first step has ended. The class images of the demo 
 
 tuning: processes that train with the settings of runtime/cpu_tuning.py, and without one of them, alternate. The effect
 of OpenMP's spinning is measured beside a process that uses one core: on an idle machine dreambooth keeps the default.
+
+forms: bare steps with a layer or a function of dreambooth, and with that of a library in its place, alternate in one
+process.
 """
 
 import argparse
@@ -27,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -44,22 +48,33 @@ from process_monitor import run_monitored
 from speed import ROOT, prepare
 from speed_table import Trial, describe_machine, write_section
 from timings import step_end_times
+from torch import nn
 
 from dreambooth.config.compose import conf_dir, load
-from dreambooth.config.recipe import resolve
+from dreambooth.config.recipe import Recipe, resolve
 from dreambooth.data.prefetch import Prefetcher
-from dreambooth.runtime.engine import create_engine
+from dreambooth.models.adapters.lora_linear import LoraLinear
+from dreambooth.models.layers.rms_norm import LeanRMSNorm
+from dreambooth.runtime import gradient_clipping
+from dreambooth.runtime.engine import Engine, create_engine
 from dreambooth.runtime.memory_meter import MemoryMeter
 from dreambooth.tracking.run_tracker import track_run
 from dreambooth.training.hooks import HookList, LogHook
 from dreambooth.training.loop import fit
-from dreambooth.training.setup import assemble
+from dreambooth.training.setup import Setup, assemble
 from dreambooth.training.step import train_step
 from dreambooth.utils.console import Console
 
 Clocks = tuple[float, float]  # seconds of wall time and of CPU time of all threads
 CLOCKS = ("wall", "CPU")
-STEPS = {"tiny": 60, "full": 6, "sdxl_lora": 60, "flow_lora": 60}  # task of speed.py -> steps of each kind
+# Task of speed.py -> steps of each kind
+STEPS = {"tiny": 60, "tiny_lora": 60, "full": 6, "full_lora": 6, "sdxl_lora": 60, "flow_lora": 60}
+LOOP = ("tiny", "full", "sdxl_lora", "flow_lora")
+CLIPPING, LORA, NORMS = "clipping in AdamW's pass", "LoRA added in place", "RMS norms"
+FORMS: tuple[tuple[str, type[nn.Module] | None, str], ...] = (  # form, class of layers, task
+    (CLIPPING, None, "tiny"), (CLIPPING, None, "full"), (LORA, LoraLinear, "tiny_lora"),
+    (LORA, LoraLinear, "full_lora"), (LORA, LoraLinear, "sdxl_lora"), (LORA, LoraLinear, "flow_lora"),
+    (NORMS, LeanRMSNorm, "flow_lora"))
 TIMEOUT = 900.0  # seconds after which a process of `tuning` is ended
 WARM_UP = 5  # steps that are not counted, at most a third of all
 IMPORTS = ("import torch; from diffusers import AutoencoderKL, UNet2DConditionModel; "
@@ -74,8 +89,12 @@ def read_clocks() -> Clocks:
     return time.perf_counter(), time.process_time()
 
 
-def bare_step(setup: Any, batch: Any) -> None:
-    """Run one training step without our loop."""
+def bare_step(setup: Any, batch: Any, clip: Callable[..., Any] = torch.nn.utils.clip_grad_norm_) -> None:
+    """Run one training step without our loop.
+
+    Args:
+        clip: clips gradients; its arguments are the trained parameters and the limit of the norm.
+    """
     optimizer, objective = setup.state.optimizer, setup.objective
     schedule, instances = objective.noise_schedule, batch.num_instances
     noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
@@ -84,13 +103,14 @@ def bare_step(setup: Any, batch: Any) -> None:
     errors = (prediction - schedule.target(batch.latents, batch.noise, batch.timesteps)).square()
     loss = errors[:instances].mean() + objective.prior_loss_weight * errors[instances:].mean()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for p in setup.trained.parameters() if p.requires_grad], 1.0)
+    optimizer.grad_scale = None  # dreambooth's clipping sets it, also in the other kind of steps
+    clip([p for p in setup.trained.parameters() if p.requires_grad], 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
-def measure_loop(name: str, steps: int, work: Path) -> tuple[list[Clocks], list[Clocks]]:
-    """Run both kinds of steps of a task; return the durations of the bare steps and of our steps."""
+def assemble_task(name: str, steps: int, work: Path) -> tuple[Recipe, Engine, MemoryMeter, Console, Setup]:
+    """Return what run.py makes of a task of speed.py before its first step. The folder of the run is empty."""
     task = replace(TASKS[name], steps=steps)
     prepare(task, work / name)
     out = work / name / "overhead"
@@ -101,15 +121,22 @@ def measure_loop(name: str, steps: int, work: Path) -> tuple[list[Clocks], list[
     recipe = resolve(config, out / "run")
     engine, accelerator = create_engine(recipe.device, recipe.precision.dtype)
     meter, console = MemoryMeter(engine.device), Console(quiet=True)
-    setup = assemble(recipe, engine, accelerator, console, meter)
+    return recipe, engine, meter, console, assemble(recipe, engine, accelerator, console, meter)
+
+
+def record(durations: list[Clocks], start: Clocks) -> Clocks:
+    """Append the time since `start` to `durations`, and return the clocks."""
+    end = read_clocks()
+    durations.append((end[0] - start[0], end[1] - start[1]))
+    return end
+
+
+def measure_loop(name: str, steps: int, work: Path) -> tuple[list[Clocks], list[Clocks]]:
+    """Run both kinds of steps of a task; return the durations of the bare steps and of our steps."""
+    recipe, engine, meter, console, setup = assemble_task(name, steps, work)
     [batch] = setup.batches(0)
     bare: list[Clocks] = []
     ours: list[Clocks] = []
-
-    def record(durations: list[Clocks], start: Clocks) -> Clocks:
-        end = read_clocks()
-        durations.append((end[0] - start[0], end[1] - start[1]))
-        return end
 
     step = partial(train_step, objective=setup.objective, engine=engine, max_grad_norm=recipe.train.max_grad_norm)
     with track_run(recipe, True) as tracker, console.bar("training", steps) as bar, \
@@ -124,6 +151,30 @@ def measure_loop(name: str, steps: int, work: Path) -> tuple[list[Clocks], list[
     return bare, ours
 
 
+def measure_form(name: str, kind: type[nn.Module] | None, steps: int, work: Path) -> tuple[list[Clocks], list[Clocks]]:
+    """Return the durations of the bare steps of a task without one of dreambooth's own forms, and with it.
+
+    Args:
+        kind: a class of layers, in place of which its base class is used; None: the clipping of gradients.
+    """
+    _, _, _, _, setup = assemble_task(name, 2 * steps, work)
+    [batch] = setup.batches(0)
+    layers = [] if kind is None else [layer for layer in setup.trained.modules() if type(layer) is kind]
+    plain: list[Clocks] = []
+    ours: list[Clocks] = []
+    for _ in range(steps):
+        for durations in (plain, ours):
+            for layer in layers:
+                layer.__class__ = kind if durations is ours else kind.__base__
+            start = read_clocks()
+            if kind is None and durations is ours:
+                bare_step(setup, batch, partial(gradient_clipping.clip, optimizer=setup.state.optimizer))
+            else:
+                bare_step(setup, batch)
+            record(durations, start)
+    return plain, ours
+
+
 def quoted(word: str) -> str:
     """Return an override whose value is quoted for Hydra if it has spaces."""
     key, _, value = word.partition("=")
@@ -131,7 +182,12 @@ def quoted(word: str) -> str:
 
 
 def loop_rows(name: str, bare: list[Clocks], ours: list[Clocks]) -> list[str]:
-    """Return the rows of a Markdown table: medians, and the median and quartiles of the quotients of neighbours."""
+    """Return the rows of a Markdown table: medians, and the median and quartiles of the quotients of neighbours.
+
+    Args:
+        name: the first columns.
+        bare, ours: durations of the steps that are compared, in their order.
+    """
     first = min(WARM_UP, len(bare) // 3)
     rows = []
     for number, clock in enumerate(CLOCKS):
@@ -216,15 +272,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="what", required=True)
     loop, start = commands.add_parser("loop"), commands.add_parser("start")
-    loop.add_argument("--models", nargs="+", choices=STEPS, default=list(STEPS), help="tasks of speed.py; default: all")
+    loop.add_argument("--models", nargs="+", choices=STEPS, default=LOOP, help="tasks of speed.py")
     loop.add_argument("--steps", type=int, help="steps of each kind")
     start.add_argument("--rounds", type=int, default=5)
+    forms = commands.add_parser("forms")
+    forms.add_argument("--steps", type=int, help="steps of each kind")
     tuning = commands.add_parser("tuning")
     tuning.add_argument("--models", nargs="+", choices=TASKS, default=["tiny", "full"], help="tasks of speed.py")
     tuning.add_argument("--rounds", type=int, default=5)
-    for command in (loop, tuning):
+    for command in (loop, tuning, forms):
         command.add_argument("--work", type=Path, default=ROOT / "outputs" / "speed", help="folder of the base models")
-    for command in (loop, start, tuning):
+    for command in (loop, start, tuning, forms):
         command.add_argument("--write", action="store_true", help="write the table to docs/performance.md")
     options = parser.parse_args()
     if options.what == "start":
@@ -238,6 +296,13 @@ def main() -> None:
                 pairs = measure_tuning(name, setting, options.rounds, options.work.absolute())
                 table.append(tuning_row(name, setting, pairs))
                 print(table[-1], flush=True)
+    elif options.what == "forms":
+        table = ["| form | task | clock | pairs of steps | without, ms | with, ms | with / without | quartiles |",
+                 "|---|---|---|---|---|---|---|---|"]
+        for form, kind, name in FORMS:
+            steps = options.steps or STEPS[name]
+            table += loop_rows(f"{form} | {name}", *measure_form(name, kind, steps, options.work.absolute()))
+            print("\n".join(table[-2:]), flush=True)
     else:
         table = ["| task | clock | pairs of steps | bare, ms | ours, ms | ours / bare | quartiles |",
                  "|---|---|---|---|---|---|---|"]

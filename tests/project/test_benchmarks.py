@@ -279,7 +279,8 @@ def test_the_reason_of_a_failure_is_the_line_of_the_error(speed: ModuleType, out
 
 def test_the_pages_have_a_section_for_each_benchmark(speed: ModuleType, speed_table: ModuleType) -> None:
     for page, names in {"benchmarks.md": speed.TASKS, "growth.md": ("photos", "steps", "sweeps", "overhead"),
-                        "performance.md": ("loop", "start", "tuning", "compiling", "class", "pointwise")}.items():
+                        "performance.md": ("loop", "start", "tuning", "forms", "compiling", "class", "pointwise"),
+                        }.items():
         text = (ROOT / "docs" / page).read_text(encoding="utf-8")
         for name in names:
             assert speed_table.BEGIN.format(name) in text and speed_table.END.format(name) in text
@@ -333,6 +334,26 @@ def test_the_settings_that_are_measured_are_those_that_a_user_may_set(speed: Mod
 def test_the_overhead_of_the_loop_is_measured_with_adapters_too(speed: ModuleType, tmp_path: Path) -> None:
     bare, ours = importlib.import_module("overhead").measure_loop("flow_lora", 2, tmp_path)
     assert len(bare) == len(ours) == 2 and all(seconds > 0 for pair in bare + ours for seconds in pair)
+
+
+@pytest.mark.slow
+def test_steps_without_a_form_and_with_it_alternate(
+        speed: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dreambooth.models.layers.rms_norm import LeanRMSNorm, RMSNorm
+
+    overhead = importlib.import_module("overhead")
+    seen: list[tuple[set[type], bool]] = []
+
+    def bare_step(setup: Any, batch: Any, clip: Any = None) -> None:
+        seen.append(({type(layer) for layer in setup.trained.modules() if isinstance(layer, RMSNorm)}, bool(clip)))
+
+    monkeypatch.setattr(overhead, "bare_step", bare_step)
+    plain, ours = overhead.measure_form("flow_lora", LeanRMSNorm, 2, tmp_path)
+    assert (len(plain), len(ours)) == (2, 2)
+    assert seen == [({RMSNorm}, False), ({LeanRMSNorm}, False)] * 2
+    seen.clear()
+    overhead.measure_form("flow_lora", None, 1, tmp_path)
+    assert seen == [({LeanRMSNorm}, False), ({LeanRMSNorm}, True)]
 
 
 @pytest.mark.slow
