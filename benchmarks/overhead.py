@@ -160,6 +160,7 @@ def measure_form(name: str, kind: type[nn.Module] | None, steps: int, work: Path
     _, _, _, _, setup = assemble_task(name, 2 * steps, work)
     [batch] = setup.batches(0)
     layers = [] if kind is None else [layer for layer in setup.trained.modules() if type(layer) is kind]
+    assert layers or kind is None
     plain: list[Clocks] = []
     ours: list[Clocks] = []
     for _ in range(steps):

@@ -107,13 +107,16 @@ def join_batches(parts: Sequence[Batch]) -> Batch:
 def encode_batch_size(resolution: int, device: str) -> int:
     """Return the number of photos per call of the VAE: 1 to 16, with at most about a million pixels in all.
 
-    On a CPU they have at most 2^16 pixels, because larger batches take as much time per photo there. A VAE of the
-    published size needs 0.3 GiB for 2^16 pixels.
+    On a CPU they have at most 2^16 pixels, because larger batches take as much time per photo there. The VAE of the
+    first model family needs 0.3 GiB for 2^16 pixels. The number for a CPU is a divisor of that for a GPU, so that
+    cache files hold whole batches of both.
 
     Args:
         device: "cpu" or "cuda".
     """
-    return max(1, min(16, (2**16 if device == "cpu" else 2**20) // resolution**2))
+    if device != "cpu":
+        return max(1, min(16, 2**20 // resolution**2))
+    return next(size for size in (16, 8, 4, 2, 1) if size * resolution**2 <= 2**16 or size == 1)
 
 
 class Latents:
@@ -139,7 +142,7 @@ class Latents:
         self._rows: dict[tuple[str, int, bool], int] = {}  # (photo set, photo, flip) -> row in the cache
         self._cached: dict[tuple[str, Size | None], ReadRows] = {}
 
-    def fill(self, photo_set: PhotoSet, tick: Callable[[int], None], size: int) -> None:
+    def fill(self, photo_set: PhotoSet, tick: Callable[[int], None], size: int, multiple: int | None = None) -> None:
         """Encode every photo of a PhotoSet, and add the means and standard deviations to the cache.
 
         The field `center_crop` of the set must be true. If its field `random_flip` is true, the mirror image of each
@@ -148,11 +151,13 @@ class Latents:
         Args:
             tick: called with the number of images encoded since the previous call.
             size: number of images per call of the VAE.
+            multiple: a multiple of `size`; cache files hold multiples of it. None: `size`.
         """
         for shape in dict.fromkeys(photo.size for photo in photo_set.photos):
-            self._fill_bucket(photo_set, tick, size, shape)
+            self._fill_bucket(photo_set, tick, size, multiple or size, shape)
 
-    def _fill_bucket(self, photo_set: PhotoSet, tick: Callable[[int], None], size: int, shape: Size | None) -> None:
+    def _fill_bucket(self, photo_set: PhotoSet, tick: Callable[[int], None], size: int, multiple: int,
+                     shape: Size | None) -> None:
         views = [View(i, flip, None) for i, photo in enumerate(photo_set.photos) if photo.size == shape
                  for flip in ((False, True) if photo_set.random_flip else (False,))]
         self._rows |= {(photo_set.name, view.photo, view.flip): row for row, view in enumerate(views)}
@@ -167,7 +172,7 @@ class Latents:
 
         content = [photo_set.photos[view.photo].digest + str(view.flip) for view in views]
         self._cached[photo_set.name, shape] = self.store(
-            f"{shape or self.resolution}", content, encode_chunks, rows_per_file(size, self.resolution))
+            f"{shape or self.resolution}", content, encode_chunks, rows_per_file(multiple, self.resolution))
 
     @property
     def cached(self) -> bool:

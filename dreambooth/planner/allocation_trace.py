@@ -21,6 +21,8 @@ TEMPORARIES, ACTIVATIONS = "temporaries", "activations"
 Event = tuple[int, int]  # (serial, +bytes): allocated; (serial, -bytes): released; (MARK, n): the n-th mark
 MARK = -1
 Workspace = Callable[[str, tuple[Any, ...]], int]  # from operator name and arguments to bytes of the kernel's workspace
+# Operator -> function that counts its operations. PyTorch's registry lacks products that are added in place.
+_FLOPS = flop_registry | {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
 _DEVICE = torch.ops.prim.device.default
 _FOUR_BITS = "bitsandbytes::gemm_4bit"  # multiplies a matrix by the transpose of a quantised one, whose shape it gets
 
@@ -133,7 +135,7 @@ class StorageTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return out
         for tensor in _tensors(out):
             self._record(tensor)
-        count = flop_registry.get(func._overloadpacket)
+        count = _FLOPS.get(func._overloadpacket)
         if count is not None:
             self.flops[self._phase] = self.flops.get(self._phase, 0) + count(*args, **(kwargs or {}), out_val=out)
         elif func._schema.name == _FOUR_BITS:

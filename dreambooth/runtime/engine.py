@@ -82,13 +82,16 @@ class Engine:
         return self.rank == 0
 
     def clip(self, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], limit: float | None) -> Tensor:
-        """Unscale the gradients, clip their global norm to `limit`, and return the norm before clipping (0-d)."""
+        """Unscale the gradients, clip their global norm to `limit`, and return the norm before clipping (0-d).
+
+        Some optimizers clip in their next step, see gradient_clipping.py.
+        """
         self.scaler.unscale_(optimizer)
         return self.clip_unscaled(optimizer, parameters, limit)
 
     def clip_unscaled(self, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], limit: float | None
                       ) -> Tensor:
-        """Clip the global norm of unscaled gradients to `limit`, and return the norm before clipping (0-d)."""
+        """Clip the global norm of unscaled gradients to `limit`, as `clip` does."""
         return gradient_clipping.clip(parameters, limit, optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer) -> bool:

@@ -1,4 +1,4 @@
-"""Clipping of gradients by their global norm, with fewer passes over the gradients than PyTorch's functions."""
+"""Clipping of gradients by their global norm, which reads the gradients once less than PyTorch's functions."""
 
 from collections.abc import Iterable, Sequence
 
@@ -11,26 +11,26 @@ EPSILON = 1e-6  # added to the norm, as in torch.nn.utils.clip_grad_norm_
 def clip(parameters: Iterable[Tensor], limit: float | None, optimizer: torch.optim.Optimizer) -> Tensor:
     """Clip the global norm of the gradients to `limit`, and return the norm before clipping (0-d).
 
-    Fused AdamW divides the gradients by `divisor` in the pass in which its next step reads them (its attribute
-    `grad_scale`). For other optimizers they are divided here.
+    Fused AdamW divides the gradients by `divisor` in the pass in which its next step reads them: this function sets its
+    attribute `grad_scale`, and leaves the gradients as they are. For other optimizers they are divided here.
 
     Args:
         limit: None: only the norm is computed.
-        optimizer: the optimizer whose next step uses these gradients.
+        optimizer: the optimizer whose next step, and no other, uses these gradients.
     """
     trained = [p for p in parameters if p.grad is not None]
     gradients = [p.grad for p in trained if p.grad is not None]
     norm = total_norm(gradients)
-    if hasattr(norm, "full_tensor"):  # a DTensor: memory.fully_shard
+    if _is_sharded(norm):
         if limit is not None:
             nn.utils.clip_grads_with_norm_(trained, limit, norm)
-        whole: Tensor = norm.full_tensor()
+        whole: Tensor = norm.full_tensor()  # type: ignore[attr-defined]
         return whole
-    if limit is not None and gradients:
-        if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
-            optimizer.grad_scale = divisor(norm, limit)  # type: ignore[attr-defined]
-        else:
-            torch._foreach_div_(gradients, divisor(norm, limit))
+    number = divisor(norm, limit) if limit is not None and gradients else None
+    if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"] and norm.dtype is torch.float32:
+        optimizer.grad_scale = number  # type: ignore[attr-defined]
+    elif number is not None:
+        torch._foreach_div_(gradients, number)
     return norm
 
 
@@ -45,7 +45,7 @@ def divisor(norm: Tensor, limit: float) -> Tensor:
 @torch.no_grad()
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Return the Euclidean norm of all gradients together, 0-d: the norm of the vector of their norms."""
-    if gradients and all(gradient.device.type == "cpu" for gradient in gradients):
+    if gradients and all(map(_is_whole_on_cpu, gradients)):
         whole: Tensor = torch.linalg.vector_norm(torch.stack([gradient_norm(gradient) for gradient in gradients]))
         return whole
     return nn.utils.get_total_norm(gradients)
@@ -54,9 +54,19 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
 def gradient_norm(gradient: Tensor) -> Tensor:
     """Return the Euclidean norm of one gradient, 0-d.
 
-    On a CPU, PyTorch computes a norm with one thread. The scalar product of a gradient with itself uses all threads.
+    On a CPU, PyTorch computes a norm with one thread. The scalar product of a gradient with itself uses all threads,
+    for gradients in fp32.
     """
-    if gradient.device.type == "cpu" and gradient.dtype is torch.float32 and gradient.is_contiguous():
+    if _is_whole_on_cpu(gradient) and gradient.dtype is torch.float32 and gradient.is_contiguous():
         row = gradient.view(-1)
         return torch.dot(row, row).sqrt()
     return torch._foreach_norm([gradient])[0]
+
+
+def _is_whole_on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not _is_sharded(tensor)
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """Return whether a tensor is a DTensor, as with memory.fully_shard."""
+    return hasattr(tensor, "full_tensor")

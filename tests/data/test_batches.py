@@ -256,7 +256,12 @@ def test_photos_can_be_cropped_to_any_size() -> None:
 
 
 @pytest.mark.parametrize("resolution, device, photos", [
-    (64, "cpu", 16), (256, "cpu", 1), (512, "cpu", 1), (64, "cuda", 16), (256, "cuda", 16), (512, "cuda", 4),
-    (1024, "cuda", 1)])
+    (64, "cpu", 16), (96, "cpu", 4), (256, "cpu", 1), (512, "cpu", 1), (64, "cuda", 16), (256, "cuda", 16),
+    (512, "cuda", 4), (1024, "cuda", 1)])
 def test_the_vae_encodes_as_many_photos_at_a_time_as_help(resolution: int, device: str, photos: int) -> None:
     assert encode_batch_size(resolution, device) == photos
+
+
+def test_a_cache_file_of_a_gpu_holds_whole_batches_of_a_cpu() -> None:
+    for resolution in range(8, 2049, 8):
+        assert encode_batch_size(resolution, "cuda") % encode_batch_size(resolution, "cpu") == 0

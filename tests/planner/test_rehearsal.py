@@ -41,6 +41,13 @@ def test_a_trace_records_each_storage_once() -> None:
     assert [size for serial, size in trace.events if serial != MARK] == [1024, 1024, -1024, -1024]
 
 
+def test_a_product_that_is_added_in_place_is_counted() -> None:
+    trace = StorageTrace()
+    with trace:
+        torch.zeros(6, 5).addmm_(torch.ones(6, 3), torch.ones(3, 5))
+    assert trace.total_flops == 2 * 6 * 3 * 5
+
+
 @pytest.mark.parametrize("changed", [{}, TWO_PASSES])
 def test_fake_and_real_tensors_give_the_same_trace_byte_for_byte(changed: dict[str, object]) -> None:
     fake, real = predict(small_recipe(**changed)).trace, rehearse(small_recipe(**changed)).trace

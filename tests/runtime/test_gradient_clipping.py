@@ -1,6 +1,5 @@
 """Clipping by the global norm: the norm, and the gradients that the optimizer uses."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,13 +25,13 @@ def adamw(weights: list[nn.Parameter], fused: bool = True) -> torch.optim.Optimi
     return torch.optim.AdamW(weights, lr=0.1, fused=fused, foreach=False)
 
 
-def step(engine: Engine, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], limit: float | None
-         ) -> tuple[Tensor, list[Tensor]]:
-    """Return the norm, and the weights after two steps; in the second, gradients are a hundredth."""
-    weights = parameters()
-    optimizer = make(weights)
+def steps(*limits: float | None) -> tuple[Tensor, list[Tensor]]:
+    """Return the norms and the weights after steps with these limits; each has a hundredth of the gradients before."""
+    weights, engine = parameters(), Engine()
+    optimizer = adamw(weights)
     norms = []
-    for factor in (1.0, 0.01):
+    for number, limit in enumerate(limits):
+        factor = 0.01**number
         for weight, source in zip(weights, parameters(), strict=True):
             weight.grad = None if source.grad is None else source.grad * factor
         norms.append(engine.clip(optimizer, weights, limit))
@@ -40,13 +39,14 @@ def step(engine: Engine, make: Callable[[list[nn.Parameter]], torch.optim.Optimi
     return torch.stack(norms), [weight.detach() for weight in weights]
 
 
-@pytest.mark.parametrize("limit", [0.3, 1e9, None])
-def test_fused_adamw_clips_as_pytorchs_function_does(limit: float | None) -> None:
-    """The step of AdamW depends on the factors of its two steps: the first is clipped, the second is not."""
-    norm, found = step(Engine(), adamw, limit)
+@pytest.mark.parametrize("limits", [(0.3, 0.3), (0.3, 0.003), (0.3, None), (1e9, 1e9), (None, None)])
+def test_fused_adamw_clips_as_pytorchs_function_does(limits: tuple[float | None, ...]) -> None:
+    """The second step of AdamW depends on the factors of both gradients."""
+    norm, found = steps(*limits)
     plain = parameters()
     optimizer = adamw(plain, fused=False)
-    for number, factor in enumerate((1.0, 0.01)):
+    for number, limit in enumerate(limits):
+        factor = 0.01**number
         for weight, source in zip(plain, parameters(), strict=True):
             weight.grad = None if source.grad is None else source.grad * factor
         given = [weight for weight in plain if weight.grad is not None]
@@ -55,23 +55,31 @@ def test_fused_adamw_clips_as_pytorchs_function_does(limit: float | None) -> Non
         optimizer.step()
     for one, other in zip(found, plain, strict=True):
         torch.testing.assert_close(one, other.detach(), rtol=1e-5, atol=1e-6)
-    if limit == 0.3:
-        unclipped = step(Engine(), adamw, None)[1]
-        assert (found[0] - unclipped[0]).abs().max() > 1e-3
+    if limits[0] == 0.3:
+        assert (found[0] - steps(None, None)[1][0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("make", [lambda weights: adamw(weights, fused=False),
                                   lambda weights: torch.optim.SGD(weights, lr=0.1)])
-def test_gradients_of_other_optimizers_are_multiplied(make: Any) -> None:
+def test_gradients_of_other_optimizers_are_divided(make: Any) -> None:
     weights = parameters()
     norm = Engine().clip(make(weights), weights, 0.3)
     clipped = gradient_clipping.total_norm([weight.grad for weight in weights if weight.grad is not None])
     assert (norm.item() > 1, clipped.item()) == (True, pytest.approx(0.3, rel=1e-5))
 
 
+def test_gradients_in_fp64_are_divided_too() -> None:
+    """The fused step takes an fp32 number only."""
+    weights = parameters(torch.float64)
+    optimizer = adamw(weights)
+    Engine().clip(optimizer, weights, 0.3)
+    assert gradient_clipping.total_norm([w.grad for w in weights if w.grad is not None]).item() == pytest.approx(0.3)
+    optimizer.step()
+
+
 def test_a_limit_that_is_not_reached_changes_no_bit() -> None:
     """The divisor is exactly 1."""
-    for one, other in zip(step(Engine(), adamw, 1e9)[1], step(Engine(), adamw, None)[1], strict=True):
+    for one, other in zip(steps(1e9, 1e9)[1], steps(None, None)[1], strict=True):
         assert torch.equal(one, other)
 
 

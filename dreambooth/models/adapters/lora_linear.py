@@ -14,35 +14,39 @@ class LoraLinear(Linear):
     """A linear layer with a LoRA: y = W x + b + s B A x, where one matrix product adds s B (A x) to W x + b in place.
 
     peft computes B (A x), multiplies it by s and adds it, in three passes over tensors of the size of the output. The
-    terms and the order of their sums are the same, except that a product may be fused with the addition that follows.
+    results differ by rounding: in half precision, peft rounds after each pass, and this class once.
 
-    The layer has one adapter, without DoRA.
+    A layer with several active adapters, and one whose adapter is disabled, computes as in peft.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters or self.merged:
+        layer: Any = self
+        names = [name for name in layer.active_adapters if name in layer.lora_A]
+        if args or kwargs or layer.disable_adapters or layer.merged or len(names) != 1:
             unchanged: Tensor = super().forward(x, *args, **kwargs)
             return unchanged
-        layer: Any = self
-        [name] = layer.lora_A
+        name = names[0]
         down, up, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
         # Two dimensions: an addition in place to a view would copy the gradient of the whole tensor.
-        rows = x.flatten(0, -2)
+        rows = x.reshape(-1, x.shape[-1])
         result: Tensor = layer.base_layer(rows)
         dropout = layer.lora_dropout[name]
-        kept = rows if isinstance(dropout, nn.Identity) else dropout(x).flatten(0, -2)
-        low = F.linear(layer._cast_input_dtype(kept, down.dtype), down)
+        if isinstance(dropout, nn.Identity):
+            kept = layer._cast_input_dtype(rows, down.dtype)
+        else:
+            kept = dropout(layer._cast_input_dtype(x, down.dtype)).reshape(rows.shape)
+        low = F.linear(kept, down)
         if low.dtype == result.dtype:
             result.addmm_(low, up.to(low.dtype).t(), alpha=scale)
         else:
             result = (result + F.linear(low, up) * scale).to(result.dtype)
-        return result.view(*x.shape[:-1], -1)
+        return result.view(*x.shape[:-1], result.shape[-1])
 
 
 def add_in_place(layer: nn.Module) -> None:
     """Make a layer with a LoRA add the adapter's output in place, if it is a linear layer without DoRA.
 
-    The names of its weights do not change. Layers in 4 bits are layers of other classes, which stay as they are.
+    The layer may be quantised. The names of its weights do not change.
     """
     if type(layer) is Linear and not layer.lora_variant:
         layer.__class__ = LoraLinear

@@ -1,7 +1,7 @@
 """RMS normalization with a derivative of its own, which takes less time and memory than that of its operations.
 
-Transformers of flow models normalize queries, keys and the input and output of each layer. diffusers computes a norm
-with four operations, and autograd records each of them: in half precision, it keeps the input in both precisions.
+diffusers computes a norm in four passes over the input, and autograd records each of them. In half precision, autograd
+keeps the input in fp32, too.
 """
 
 from typing import Any
@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class LeanRMSNorm(RMSNorm):
     """RMS normalization (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4): y = w x r, r = (mean(x^2) + eps)^(-1/2).
 
-    The output has the precision that diffusers' class gives it. It differs from that of the class in the order of the
-    sum of x^2 alone. For the backward pass, x, w and r are kept, one r per row.
+    The output has the precision that diffusers' class gives it, and differs from that of the class by the rounding of
+    r. For the backward pass, x, w and r are kept, one r per row.
     """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -38,13 +39,14 @@ class _Normalize(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """Return r (w g - x r^2 mean(w g x)), and the sum of g x r over all rows, for the gradient g of the output."""
         x, weight, factors = ctx.saved_tensors
         gradient = gradients[0].to(factors.dtype)
         of_weight = None
         if ctx.needs_input_grad[1]:
-            of_weight = (gradient * x).mul_(factors).flatten(0, -2).sum(0).to(weight.dtype)
+            of_weight = (gradient * x).mul_(factors).view(-1, len(weight)).sum(0).to(weight.dtype)
         if not ctx.needs_input_grad[0]:
             return None, of_weight, None
         scaled = gradient * weight
@@ -56,5 +58,5 @@ class _Normalize(torch.autograd.Function):
 def use_lean_norms(model: nn.Module) -> None:
     """Make `model` compute its RMS norms with LeanRMSNorm. The names of its weights do not change."""
     for module in model.modules():
-        if type(module) is RMSNorm and module.weight is not None and module.bias is None:
+        if type(module) is RMSNorm and module.weight is not None and module.weight.dim() == 1 and module.bias is None:
             module.__class__ = LeanRMSNorm

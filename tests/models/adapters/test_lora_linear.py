@@ -5,13 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.normalization import RMSNorm
+from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dreambooth.config.enums import BaseWeights, Dtype, MethodKind, Targets
 from dreambooth.config.method import Method
 from dreambooth.models import families, lora
 from dreambooth.models.adapters.lora_linear import LoraLinear
+from dreambooth.models.layers.rms_norm import use_lean_norms
 from dreambooth.models.quantization import quantise
 
 TARGETS = families.of_architecture("sd15").adapter_targets
@@ -19,13 +23,14 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}  #
 
 
 def pair(kind: MethodKind = MethodKind.lora, dtype: Dtype = Dtype.fp32, base: BaseWeights | None = None,
-         **more: Any) -> tuple[nn.Module, nn.Module]:
+         compute: torch.dtype = torch.float32, **more: Any) -> tuple[nn.Module, nn.Module]:
     """Return a layer with an adapter that is not 0, with the forward pass of peft, and ours with the same weights."""
     torch.manual_seed(0)
     toy = nn.Module()
     toy.unet = nn.ModuleDict({"to_q": nn.Linear(40, 24)})
     if base is not None:
-        quantise(toy, torch.float32, base)
+        quantise(toy, compute, base)
+        toy.to("cpu")  # bitsandbytes quantises here
     method = Method(name=kind.value, kind=kind, targets=Targets.all, **{"rank": 4, "alpha": 6.0} | more)
     lora.inject(toy, method, TARGETS, 0, dtype)
     ours: Any = toy.unet["to_q"]
@@ -52,7 +57,7 @@ def assert_equal_but_for_rounding(found: list[Tensor], expected: list[Tensor], d
         torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE[dtype] * other.abs().max().item())
 
 
-@pytest.mark.parametrize("shape", [(5, 40), (2, 5, 40), (2, 3, 5, 40)])
+@pytest.mark.parametrize("shape", [(40,), (5, 40), (2, 5, 40), (2, 3, 5, 40)])
 def test_output_and_gradients_are_those_of_peft(shape: tuple[int, ...]) -> None:
     plain, ours = (layer.double() for layer in pair())
     assert type(ours) is LoraLinear
@@ -84,12 +89,13 @@ def test_a_base_model_in_half_precision_without_autocast_computes_as_peft_does()
     assert_equal_but_for_rounding(results(ours, x), results(plain, x), torch.bfloat16)
 
 
-@pytest.mark.parametrize("base", [BaseWeights.int8, BaseWeights.fp8])
-def test_a_base_model_in_8_bits_computes_as_peft_does(base: BaseWeights) -> None:
-    plain, ours = pair(base=base)
+@pytest.mark.parametrize("base", [BaseWeights.int8, BaseWeights.fp8, BaseWeights.nf4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_quantised_base_model_computes_as_peft_does(base: BaseWeights, dtype: torch.dtype) -> None:
+    plain, ours = pair(dtype=Dtype.fp32 if dtype is torch.float32 else Dtype.bf16, base=base, compute=dtype)
     assert type(ours) is LoraLinear
-    x = torch.randn(2, 5, 40)
-    assert_equal_but_for_rounding(results(ours, x), results(plain, x), torch.float32)
+    x, autocast = torch.randn(2, 5, 40), None if dtype is torch.float32 else dtype
+    assert_equal_but_for_rounding(results(ours, x, autocast), results(plain, x, autocast), dtype)
 
 
 def test_dropout_drops_values_of_samples() -> None:
@@ -123,3 +129,34 @@ def test_no_gradient_of_the_size_of_the_output_is_copied() -> None:
 
 def test_dora_stays_with_peft() -> None:
     assert type(pair(MethodKind.dora)[1]) is Linear
+
+
+def test_a_second_adapter_is_added_as_in_peft() -> None:
+    plain, ours = pair()
+    for layer in (plain, ours):
+        torch.manual_seed(1)
+        layer.update_layer("second", 4, lora_alpha=4, config=LoraConfig(init_lora_weights=False))  # type: ignore[operator]
+        layer.set_adapter(["default", "second"])  # type: ignore[operator]
+    x = torch.randn(2, 5, 40)
+    assert torch.equal(ours(x), plain(x))
+
+
+def test_both_forms_compile_and_can_be_recomputed() -> None:
+    """In one graph without breaks, and in the backward pass of checkpointing."""
+    norm = RMSNorm(40, eps=1e-5)
+    use_lean_norms(norm)
+    model = nn.Sequential(norm.requires_grad_(False), pair()[1])
+    x = torch.randn(2, 5, 40)
+    expected, found = [], []
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for results, call in (expected, model), (found, compiled), (found, lambda x: checkpoint(
+            model, x, use_reentrant=False)):
+        given = x.clone().requires_grad_()
+        model.zero_grad()
+        output = call(given)
+        output.square().sum().backward()
+        results += [output.detach(), given.grad, *(weight.grad.clone() for weight in model.parameters()
+                                                   if weight.grad is not None)]
+    assert len(expected) == 4 and len(found) == 8
+    for one, other in zip(found, expected * 2, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
