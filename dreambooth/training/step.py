@@ -78,6 +78,11 @@ class TrainState:
             return self.optimizer.weights()
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
+    @cached_property
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The trained parameters. They are listed once, because a model has many modules."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
     def averages(self, model: nn.Module) -> dict[str, Tensor] | None:
         """Return the averages of the trained weights, by name, with which the run samples, evaluates and exports.
 
@@ -249,7 +254,7 @@ def train_step(
         losses, norm, stepped = state.optimizer.update(forward_backward, engine, max_grad_norm, state.step)
     else:
         losses = forward_backward()
-        norm = engine.clip(state.optimizer, [p for p in state.model.parameters() if p.requires_grad], max_grad_norm)
+        norm = engine.clip(state.optimizer, state.trained_parameters, max_grad_norm)
         stepped = engine.step(state.optimizer)
         state.optimizer.zero_grad(set_to_none=True)
     losses = engine.all_reduce_mean(losses)
