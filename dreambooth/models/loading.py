@@ -22,7 +22,6 @@ from dreambooth.models.components import Components as Components
 from dreambooth.models.components import disable_vae_autocast, training_scheduler
 from dreambooth.models.families.family import Family
 from dreambooth.models.layers.pointwise_conv import use_matrix_products
-from dreambooth.models.layers.rms_norm import use_lean_norms
 from dreambooth.models.quantization import quantise
 from dreambooth.utils.imports import without_bitsandbytes, without_garbage_collection
 
@@ -228,7 +227,10 @@ def prepare(parts: Components, recipe: Recipe) -> TrainedModel:
     """
     family, denoiser = parts.family, parts.denoiser
     family.set_attention(denoiser, recipe.attention.kind)
-    use_lean_norms(denoiser)
+    if recipe.device == "cpu":  # not yet measured on a GPU
+        from dreambooth.models.layers.rms_norm import use_lean_norms  # imports diffusers, see import_libraries
+
+        use_lean_norms(denoiser)
     if recipe.train.channels_last:
         denoiser.to(memory_format=torch.channels_last)
     elif recipe.device == "cpu" and recipe.precision.dtype is Dtype.fp32:
@@ -242,6 +244,10 @@ def prepare(parts: Components, recipe: Recipe) -> TrainedModel:
     model = trained_model(parts, recipe)
     if recipe.method.low_rank:
         model.add_adapters(recipe)
+        if recipe.device == "cpu":
+            from dreambooth.models.adapters.lora_linear import add_in_place
+
+            add_in_place(model)
         if parts.swap is not None:
             model.to(parts.swap.device)  # peft has put the adapters of swapped blocks into host memory
     else:

@@ -123,8 +123,6 @@ def inject(model: nn.Module, method: Method, targets: Mapping[Targets, re.Patter
     Raises:
         UserError: a pattern of `method` matches no layer.
     """
-    from dreambooth.models.adapters.lora_linear import add_in_place
-
     choices = selection.select(model, method, targets)
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):  # peft also draws; this keeps the global random state
@@ -138,7 +136,6 @@ def inject(model: nn.Module, method: Method, targets: Mapping[Targets, re.Patter
             _make_exact(layer)
             _draw(layer.lora_A[NAME].weight, seed, name)
             layer.cast_input_dtype_enabled = method.kind is MethodKind.dora or dtype is Dtype.fp32
-            add_in_place(layer)
         if method.dropout:
             dropout = Dropout(method.dropout, rng.seed(name, "dropout"))
             if method.kind in LYCORIS:

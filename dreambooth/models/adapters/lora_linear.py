@@ -43,10 +43,11 @@ class LoraLinear(Linear):
         return result.view(*x.shape[:-1], result.shape[-1])
 
 
-def add_in_place(layer: nn.Module) -> None:
-    """Make a layer with a LoRA add the adapter's output in place, if it is a linear layer without DoRA.
+def add_in_place(model: nn.Module) -> None:
+    """Make the linear layers of `model` that have a LoRA without DoRA add the adapter's output in place.
 
-    The layer may be quantised. The names of its weights do not change.
+    The layers may be quantised. The names of their weights do not change.
     """
-    if type(layer) is Linear and not layer.lora_variant:
-        layer.__class__ = LoraLinear
+    for layer in model.modules():
+        if type(layer) is Linear and not layer.lora_variant:
+            layer.__class__ = LoraLinear

@@ -46,7 +46,7 @@ class _Normalize(torch.autograd.Function):
         gradient = gradients[0].to(factors.dtype)
         of_weight = None
         if ctx.needs_input_grad[1]:
-            of_weight = (gradient * x).mul_(factors).view(-1, len(weight)).sum(0).to(weight.dtype)
+            of_weight = (gradient * x).mul_(factors).reshape(-1, len(weight)).sum(0).to(weight.dtype)
         if not ctx.needs_input_grad[0]:
             return None, of_weight, None
         scaled = gradient * weight

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from dreambooth.config.enums import BaseWeights, Dtype, MethodKind, Targets
 from dreambooth.config.method import Method
 from dreambooth.models import families, lora
-from dreambooth.models.adapters.lora_linear import LoraLinear
+from dreambooth.models.adapters.lora_linear import LoraLinear, add_in_place
 from dreambooth.models.layers.rms_norm import use_lean_norms
 from dreambooth.models.quantization import quantise
 
@@ -33,6 +33,7 @@ def pair(kind: MethodKind = MethodKind.lora, dtype: Dtype = Dtype.fp32, base: Ba
         toy.to("cpu")  # bitsandbytes quantises here
     method = Method(name=kind.value, kind=kind, targets=Targets.all, **{"rank": 4, "alpha": 6.0} | more)
     lora.inject(toy, method, TARGETS, 0, dtype)
+    add_in_place(toy)
     ours: Any = toy.unet["to_q"]
     nn.init.normal_(ours.lora_B["default"].weight)
     plain = copy.deepcopy(ours)

@@ -1,13 +1,21 @@
 """RMS norms with a derivative of their own."""
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers.models.normalization import RMSNorm
+from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
+from dreambooth.config.compose import load
+from dreambooth.config.recipe import resolve
+from dreambooth.models import loading
+from dreambooth.models.adapters.lora_linear import LoraLinear
 from dreambooth.models.layers.rms_norm import LeanRMSNorm, use_lean_norms
+from tests.support.configs import compose_config
 
 
 def pair(dtype: torch.dtype = torch.float64, weight_dtype: torch.dtype | None = None) -> tuple[nn.Module, nn.Module]:
@@ -28,6 +36,18 @@ def gradients(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, Tenso
     output = layer(x)
     (output * torch.linspace(-1, 2, output.numel()).view_as(output).to(output.dtype)).sum().backward()
     return output.detach(), x.grad, layer.weight.grad
+
+
+def test_a_gradient_that_is_not_contiguous() -> None:
+    plain, lean = pair()
+    x = torch.randn(4, 24, dtype=torch.float64)
+    seen = []
+    for layer in (plain, lean):
+        given = x.clone().requires_grad_()
+        layer(given.view(2, 2, 24)).transpose(0, 1).reshape(2, -1).square().sum().backward()
+        seen.append((given.grad, layer.weight.grad))
+    for expected, found in zip(*seen, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -83,3 +103,11 @@ def test_norms_without_weight_or_with_bias_stay_as_they_are() -> None:
     for layer in (RMSNorm(8, eps=1e-6, elementwise_affine=False), RMSNorm(8, eps=1e-6, bias=True)):
         use_lean_norms(layer)
         assert type(layer) is RMSNorm
+
+
+@pytest.mark.parametrize("words, expected", [(("hardware=cpu",), True), (("hardware=g5",), False)])
+def test_runs_on_a_cpu_use_both_forms(words: tuple[str, ...], expected: bool) -> None:
+    recipe = resolve(load(compose_config(*words, "model=tiny_flow", "method=lora")), Path("runs/x"))
+    parts = loading.load(replace(recipe, device="cpu"), torch.device("cpu"))
+    kinds = {type(layer) for layer in loading.prepare(parts, recipe).modules()}
+    assert ({LeanRMSNorm, LoraLinear} <= kinds, bool({RMSNorm, Linear} & kinds)) == (expected, not expected)
