@@ -3,7 +3,7 @@
     python benchmarks/overhead.py loop [--models tiny full sdxl_lora flow_lora] [--steps 60] [--write]
     python benchmarks/overhead.py start [--rounds 5] [--write]
     python benchmarks/overhead.py tuning [--models tiny full] [--rounds 5] [--write]
-    python benchmarks/overhead.py forms [--steps 40] [--write]
+    python benchmarks/overhead.py forms [--steps 60] [--write]
 
 loop: two kinds of steps alternate in one process, with the same modules and optimizer, on the tasks of speed.py:
 
@@ -157,7 +157,7 @@ def measure_form(name: str, kind: type[nn.Module] | None, steps: int, work: Path
     Args:
         kind: a class of layers, in place of which its base class is used; None: the clipping of gradients.
     """
-    _, _, _, _, setup = assemble_task(name, 2 * steps, work)
+    setup = assemble_task(name, 2 * steps, work)[-1]
     [batch] = setup.batches(0)
     layers = [] if kind is None else [layer for layer in setup.trained.modules() if type(layer) is kind]
     assert layers or kind is None

@@ -107,9 +107,9 @@ def join_batches(parts: Sequence[Batch]) -> Batch:
 def encode_batch_size(resolution: int, device: str) -> int:
     """Return the number of photos per call of the VAE: 1 to 16, with at most about a million pixels in all.
 
-    On a CPU they have at most 2^16 pixels, because larger batches take as much time per photo there. The VAE of the
-    first model family needs 0.3 GiB for 2^16 pixels. The number for a CPU is a divisor of that for a GPU, so that
-    cache files hold whole batches of both.
+    On a CPU they have at most 2^16 pixels, because larger batches take as much time per photo there, and encoding
+    2^16 pixels takes 0.3 GiB at full size. The number for a CPU is a divisor of that for a GPU, so that cache files
+    hold whole batches of both.
 
     Args:
         device: "cpu" or "cuda".

@@ -300,11 +300,11 @@ def _build_latents(recipe: Recipe, parts: loading.Components, photo_sets: list[P
                                          latent_cache.digest(parts.vae))
     latents = Latents(parts.encode, recipe.model.resolution, parts.scaling_factor, store)
     if recipe.memory.cache_latents:
-        sizes = [encode_batch_size(latents.resolution, device) for device in (parts.vae.device.type, "cuda")]
+        size, largest = (encode_batch_size(latents.resolution, device) for device in (parts.vae.device.type, "cuda"))
         total = sum(len(photo_set.photos) * (1 + photo_set.random_flip) for photo_set in photo_sets)
         with console.bar("encoding", total) as bar:
             for photo_set in photo_sets:
-                latents.fill(photo_set, bar.tick, *sizes)
+                latents.fill(photo_set, bar.tick, size, largest)
     return latents
 
 

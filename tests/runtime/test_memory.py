@@ -106,6 +106,15 @@ def test_many_latents_are_in_files_that_hold_few_and_are_the_same(
     assert drawn(latents).equal(expected)
 
 
+def test_files_hold_whole_batches_of_every_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latent_cache, "FILE_ROWS", 6)
+    latents = Latents(encode_pixels, 8, 0.5, LatentStore(LatentCache.disk, CPU, tmp_path, "vae"))
+    counts: list[int] = []
+    latents.fill(make_photo_set(flip=True), counts.append, 2, 4)
+    assert counts == [2] * 5
+    assert sorted(len(load_file(path)["mean"]) for path in tmp_path.iterdir()) == [2, 4, 4]
+
+
 def test_a_killed_run_encodes_only_the_images_of_files_that_it_had_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
