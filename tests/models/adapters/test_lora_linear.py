@@ -125,7 +125,7 @@ def test_no_gradient_of_the_size_of_the_output_is_copied() -> None:
         recorded.add(node.name())
         nodes += [parent for parent, _ in node.next_functions if parent is not None]
     assert {"AddmmBackward0", "MmBackward0"} <= recorded
-    assert "CopySlices" not in recorded and "MulBackward0" not in recorded
+    assert not any("CopySlices" in name for name in recorded) and "MulBackward0" not in recorded
 
 
 def test_dora_stays_with_peft() -> None:
