@@ -37,6 +37,7 @@ from dreambooth.models.adapters.selection import Choice
 from dreambooth.models.adapters.selection import target_layers as target_layers
 from dreambooth.models.sample_dropout import Dropout, set_keys_before_forward
 from dreambooth.utils import rng
+from dreambooth.utils.imports import without_bitsandbytes
 
 NAME = "default"  # peft's name of the one adapter that trains
 
@@ -162,7 +163,8 @@ def _inject_lora(model: nn.Module, method: Method, choices: Mapping[str, Choice]
                             rank_pattern={name: choice.rank for name, choice in other.items()},
                             alpha_pattern={name: choice.alpha for name, choice in other.items()},
                             target_modules=_exact_targets(part, list(chosen)))
-        inject_adapter_in_model(config, part, adapter_name=NAME)
+        with without_bitsandbytes():  # if the model is quantised, it has been imported, and peft uses it
+            inject_adapter_in_model(config, part, adapter_name=NAME)
 
 
 def _exact_targets(part: nn.Module, names: list[str]) -> list[str] | str:

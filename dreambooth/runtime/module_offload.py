@@ -7,13 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dreambooth.runtime.mapped_weights import release_pages
+
 
 @dataclass
 class ModuleOffload:
     """Modules that are kept in host memory, and moved to the device only when they are needed.
 
     During training, the VAE is offloaded if latents are cached, and the frozen text encoder if its outputs are cached.
-    While the caches are filled, the UNet is offloaded. On a CPU, moving costs nothing.
+    While the caches are filled, the UNet is offloaded. On a CPU, nothing is moved, but the resident pages of weights
+    that are mapped from files are released until they are used again (mapped_weights.py).
 
     Attributes:
         modules: the modules to move.
@@ -28,6 +31,8 @@ class ModuleOffload:
         self._move(torch.device("cpu"))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # otherwise the allocator keeps the freed memory, in blocks of the modules' sizes
+        else:
+            release_pages(self.modules)
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
