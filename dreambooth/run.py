@@ -13,7 +13,7 @@ from dreambooth.models import loading
 from dreambooth.planner import auto_memory
 from dreambooth.runs import report, run_folder
 from dreambooth.runs.run_folder import Result, load_finished, locked
-from dreambooth.runtime import compile_cache, oom_advice
+from dreambooth.runtime import compile_cache, cpu_tuning, oom_advice
 from dreambooth.runtime.engine import Engine, create_engine
 from dreambooth.runtime.lost_process import reporting_lost_process
 from dreambooth.runtime.memory_meter import MemoryMeter
@@ -104,9 +104,9 @@ def _finish(recipe: Recipe, engine: Engine, setup: Setup, hooks: RunHooks, conso
     with meter.phase("export"):
         with evaluation.exported_weights(exported := evaluation.exported_step()), engine.autocast():
             scores = evaluation.scores(exported) | {INSTANCE_LOSS: instance_loss(setup, console)}
-        result = Result(step, nan, seconds, str(recipe.run_dir), "model", exported, scores, evaluation.scores(0),
-                        hooks.stopping.reason)
-        result = run_folder.with_objective(result, recipe)
+        result = run_folder.with_objective(Result(step, nan, seconds, str(recipe.run_dir), "model", exported, scores,
+                                                  evaluation.scores(0), hooks.stopping.reason), recipe)
+        cpu_tuning.release_freed_memory()  # the gradients' memory, before the export reads all weights
         with evaluation.exported_weights(exported, exact=True):
             folder = export.export(setup.parts, recipe, exported, recipe.run_dir / "contact_sheet.png")
     tracker.log_metrics(step, meter.peaks | {

@@ -17,14 +17,18 @@ def release_pages(modules: Iterable[nn.Module]) -> int:
     used. A mapping with a page that was written to is left alone, because its content is no longer that of the file.
 
     Returns:
-        Released bytes; 0 on other systems than Linux.
+        Released bytes; 0 on other systems than Linux, and where a process may not read its own memory map.
     """
     addresses = [tensor.data_ptr() for module in modules for tensor in (*module.parameters(), *module.buffers())
                  if tensor.device.type == "cpu"]
     if not addresses or sys.platform != "linux":
         return 0
+    try:
+        areas = psutil.Process().memory_maps(grouped=False)
+    except (psutil.Error, OSError):
+        return 0
     released = 0
-    for area in psutil.Process().memory_maps(grouped=False):
+    for area in areas:
         start, end = (int(bound, 16) for bound in area.addr.split("-"))
         if (area.path.startswith("/") and not area.anonymous and not area.swap
                 and any(start <= address < end for address in addresses)):

@@ -11,6 +11,7 @@ from dreambooth import cli
 from dreambooth.config.schema import Config
 from dreambooth.runtime import cpu_tuning
 from dreambooth.runtime.cpu_tuning import LONG_SPIN, SHORT_SPIN, CpuTimes
+from tests.support.faults import FAST
 
 START = CpuTimes(clock=10.0, busy=100.0, own=1.0)
 
@@ -61,6 +62,51 @@ def test_freed_memory_is_used_again_without_a_page_fault() -> None:
     returned, kept = pages("kept")
     _, mapped = pages("plain")
     assert returned == "True" and kept < mapped / 2 and mapped > 60_000
+
+
+RELEASE_SCRIPT = """
+import psutil, torch
+from dreambooth.runtime import cpu_tuning
+def resident(): return psutil.Process().memory_info().rss / 2**20
+cpu_tuning.keep_freed_memory()
+before = resident()
+tensors = [torch.ones(2**24) for _ in range(4)]
+del tensors
+kept = resident()
+cpu_tuning.release_freed_memory()
+print(round(kept - before), round(resident() - before))
+"""
+
+
+ORDER_SCRIPT = """
+import sys
+from dreambooth import train
+from dreambooth.runtime import cpu_tuning
+from dreambooth.serialization import export
+def tell(module, name):
+    original = getattr(module, name)
+    setattr(module, name, lambda *arguments: print("calls", name) or original(*arguments))
+tell(cpu_tuning, "release_freed_memory")
+tell(export, "export")
+sys.argv[0] = "dreambooth/train.py"
+train.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_run_returns_freed_memory_before_its_export(tmp_path: Path) -> None:
+    process = subprocess.run([sys.executable, "-c", ORDER_SCRIPT, f"run_root={tmp_path}", *FAST,
+                              "train.max_train_steps=1"], capture_output=True, text=True, check=True)
+    calls = [line.split()[1] for line in process.stdout.splitlines() if line.startswith("calls ")]
+    assert calls == ["release_freed_memory", "export"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
+def test_freed_memory_is_returned() -> None:
+    process = subprocess.run([sys.executable, "-c", RELEASE_SCRIPT], capture_output=True, text=True, check=True)
+    kept, after = map(int, process.stdout.split())
+    assert kept > 240 and after < 16, "MiB; the tensors have 256"
 
 
 @pytest.mark.slow

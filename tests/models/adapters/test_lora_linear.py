@@ -1,6 +1,8 @@
 """Linear layers with a LoRA that is added by one matrix product."""
 
 import copy
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -161,3 +163,13 @@ def test_both_forms_compile_and_can_be_recomputed() -> None:
     assert len(expected) == 4 and len(found) == 8
     for one, other in zip(found, expected * 2, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_lora_imports_neither_bitsandbytes_nor_the_compiler_of_torch() -> None:
+    """peft would import both, which takes a second, though only quantised layers need them."""
+    code = ("import sys; from dreambooth.models import loading; loading.import_libraries();"
+            "from tests.models.adapters.test_lora_linear import pair; pair();"
+            "print([name for name in ('bitsandbytes', 'torch._inductor.compile_fx') if name in sys.modules])")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
+    assert result.stdout == "[]\n"
