@@ -106,7 +106,7 @@ def _finish(recipe: Recipe, engine: Engine, setup: Setup, hooks: RunHooks, conso
             scores = evaluation.scores(exported) | {INSTANCE_LOSS: instance_loss(setup, console)}
         result = run_folder.with_objective(Result(step, nan, seconds, str(recipe.run_dir), "model", exported, scores,
                                                   evaluation.scores(0), hooks.stopping.reason), recipe)
-        cpu_tuning.release_freed_memory()  # the gradients' memory, before the export reads all weights
+        cpu_tuning.release_freed_memory()  # on a CPU, that of gradients; the export reads all weights
         with evaluation.exported_weights(exported, exact=True):
             folder = export.export(setup.parts, recipe, exported, recipe.run_dir / "contact_sheet.png")
     tracker.log_metrics(step, meter.peaks | {

@@ -163,7 +163,7 @@ def _inject_lora(model: nn.Module, method: Method, choices: Mapping[str, Choice]
                             rank_pattern={name: choice.rank for name, choice in other.items()},
                             alpha_pattern={name: choice.alpha for name, choice in other.items()},
                             target_modules=_exact_targets(part, list(chosen)))
-        with without_bitsandbytes():  # if the model is quantised, it has been imported, and peft uses it
+        with without_bitsandbytes():  # does nothing for nf4 weights, which have imported it
             inject_adapter_in_model(config, part, adapter_name=NAME)
 
 

@@ -8,8 +8,8 @@ are idle.
 malloc: glibc maps new pages for each tensor of more than 32 MiB, and returns them to the kernel when the tensor is
 freed. The kernel clears every new page. A step of Stable Diffusion 1.5 allocates and frees gigabytes of gradients and
 activations: clearing took 3.5 s of the 19 s of CPU time of a step, and 0.1 s with `keep_freed_memory`
-(docs/performance.md). `keep_freed_memory` does not change the results of a run. After its call, the resident memory
-of the process does not shrink between phases, except by `release_freed_memory`, which a run calls before its export.
+(docs/performance.md). `keep_freed_memory` does not change the results of a run. After its call, freed memory stays in
+the process until `release_freed_memory`, which a run calls before its export.
 """
 
 import ctypes

@@ -25,13 +25,13 @@ def release_pages(modules: Iterable[nn.Module]) -> int:
         return 0
     try:
         areas = psutil.Process().memory_maps(grouped=False)
-    except (psutil.Error, OSError):
+    except (psutil.Error, OSError, AttributeError, ValueError):  # no or an unknown smaps; the saving is optional
         return 0
-    released = 0
+    madvise, released = ctypes.CDLL(None).madvise, 0
     for area in areas:
         start, end = (int(bound, 16) for bound in area.addr.split("-"))
-        if (area.path.startswith("/") and not area.anonymous and not area.swap
-                and any(start <= address < end for address in addresses)):
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+        is_clean = area.rss and not area.anonymous and not area.swap  # the rss of anonymous huge pages is 0
+        if (is_clean and area.path.startswith("/") and any(start <= address < end for address in addresses)
+                and madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED) == 0):
             released += area.rss
     return released

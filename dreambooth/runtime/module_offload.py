@@ -31,7 +31,7 @@ class ModuleOffload:
         self._move(torch.device("cpu"))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # otherwise the allocator keeps the freed memory, in blocks of the modules' sizes
-        else:
+        elif self.device.type == "cpu":
             release_pages(self.modules)
 
     @contextmanager

@@ -1,7 +1,9 @@
 """Resident memory of weights that are mapped from files."""
 
+import mmap
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -59,9 +61,23 @@ def test_files_of_other_modules_are_left_alone(mapped: nn.Linear, tmp_path: Path
     assert resident_bytes(tmp_path) >= 4 * SIDE**2
 
 
-def test_an_unreadable_memory_map_releases_nothing(mapped: nn.Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [psutil.AccessDenied, ValueError, AttributeError])  # psutil has it only with smaps
+def test_an_unreadable_memory_map_releases_nothing(
+    error: type[Exception], mapped: nn.Linear, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*args: object, **options: object) -> list[object]:
-        raise psutil.AccessDenied
+        raise error
 
     monkeypatch.setattr(psutil.Process, "memory_maps", refuse)
     assert release_pages([mapped]) == 0
+
+
+@pytest.mark.parametrize("counters", [{"rss": 0}, {"rss": 4096, "swap": 4096}])  # huge pages, and changed pages in swap
+def test_memory_that_is_no_copy_of_a_file_is_kept(counters: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Linear(SIDE, SIDE)
+    expected, address = layer.weight.clone(), layer.weight.data_ptr() & -mmap.PAGESIZE
+    area = SimpleNamespace(addr=f"{address:x}-{address + mmap.PAGESIZE:x}", path="/anon_hugepage",
+                           **{"anonymous": 0, "swap": 0} | counters)
+    monkeypatch.setattr(psutil.Process, "memory_maps", lambda *_, **options: [area])
+    assert release_pages([layer]) == 0
+    assert layer.weight.equal(expected)
