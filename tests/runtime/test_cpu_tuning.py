@@ -81,11 +81,12 @@ print(round(kept - before), round(resident() - before))
 ORDER_SCRIPT = """
 import sys
 from dreambooth import train
-from dreambooth.runtime import cpu_tuning
+from dreambooth.runtime import cpu_tuning, module_offload
 from dreambooth.serialization import export
-def tell(module, name):
+def tell(module, name, kinds=lambda *arguments: []):
     original = getattr(module, name)
-    setattr(module, name, lambda *arguments: print("calls", name) or original(*arguments))
+    setattr(module, name, lambda *arguments: print("calls", name, *kinds(*arguments)) or original(*arguments))
+tell(module_offload, "release_pages", lambda modules: [type(module).__name__ for module in modules])
 tell(cpu_tuning, "release_freed_memory")
 tell(export, "export")
 sys.argv[0] = "dreambooth/train.py"
@@ -94,11 +95,12 @@ train.main()
 
 
 @pytest.mark.slow
-def test_a_run_returns_freed_memory_before_its_export(tmp_path: Path) -> None:
-    process = subprocess.run([sys.executable, "-c", ORDER_SCRIPT, f"run_root={tmp_path}", *FAST,
-                              "train.max_train_steps=1"], capture_output=True, text=True, check=True)
-    calls = [line.split()[1] for line in process.stdout.splitlines() if line.startswith("calls ")]
-    assert calls == ["release_freed_memory", "export"]
+def test_a_run_releases_idle_weights_before_it_trains_and_freed_memory_before_its_export(tmp_path: Path) -> None:
+    words = [f"run_root={tmp_path}", *FAST, "train.max_train_steps=1", "sample.every=null"]
+    process = subprocess.run([sys.executable, "-c", ORDER_SCRIPT, *words], capture_output=True, text=True, check=True)
+    assert [line.split()[1:] for line in process.stdout.splitlines() if line.startswith("calls ")] == [
+        ["release_pages", "UNet2DConditionModel"], ["release_pages", "AutoencoderKL"], ["release_freed_memory"],
+        ["export"]]
 
 
 @pytest.mark.slow
