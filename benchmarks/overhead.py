@@ -2,7 +2,8 @@
 
     python benchmarks/overhead.py loop [--models tiny full sdxl_lora flow_lora] [--steps 60] [--write]
     python benchmarks/overhead.py start [--rounds 5] [--write]
-    python benchmarks/overhead.py tuning [--models tiny full] [--rounds 5] [--write]
+    python benchmarks/overhead.py tuning [--write]
+    python benchmarks/overhead.py spinning [--rounds 3] [--write]
     python benchmarks/overhead.py forms [--steps 60] [--write]
 
 loop: two kinds of steps alternate in one process, with the same modules and optimizer, on the tasks of speed.py:
@@ -18,7 +19,9 @@ start: two processes alternate. One imports torch, and the classes of diffusers 
 other is the demo, until its first step has ended. The class images of the demo exist.
 
 tuning: processes that train with the settings of runtime/cpu_tuning.py, and without one of them, alternate. The effect
-of OpenMP's spinning is measured beside a process that uses one core: on an idle machine dreambooth keeps the default.
+of OpenMP's spinning is measured beside a process that uses one core.
+
+spinning: the duration of a step for several values of GOMP_SPINCOUNT, alone and beside such a process.
 
 forms: bare steps with a layer or a function of dreambooth, and with that of a library in its place, alternate in one
 process.
@@ -75,14 +78,19 @@ FORMS: tuple[tuple[str, type[nn.Module] | None, str], ...] = (  # form, class of
     (CLIPPING, None, "tiny"), (CLIPPING, None, "full"), (LORA, LoraLinear, "tiny_lora"),
     (LORA, LoraLinear, "full_lora"), (LORA, LoraLinear, "sdxl_lora"), (LORA, LoraLinear, "flow_lora"),
     (NORMS, LeanRMSNorm, "flow_lora"))
-TIMEOUT = 900.0  # seconds after which a process of `tuning` is ended
+SPIN_COUNTS = (0, 1_000, 3_000, 10_000, 30_000, 300_000)  # values of GOMP_SPINCOUNT
+TIMEOUT = 900.0  # seconds after which a process of `train` is ended
 WARM_UP = 5  # steps that are not counted, at most a third of all
 IMPORTS = ("import torch; from diffusers import AutoencoderKL, UNet2DConditionModel; "
            "from transformers import CLIPTextModel")
 
+MALLOC, SPINNING = "malloc keeps freed memory", "threads sleep early beside a busy process"
 WITHOUT = {  # a setting of cpu_tuning.py -> the environment variables without it
-    "malloc keeps freed memory": {"GLIBC_TUNABLES": "glibc.malloc.perturb=0"},  # a default: only its name counts
-    "threads sleep early beside a busy process": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "300000"}}
+    MALLOC: {"GLIBC_TUNABLES": "glibc.malloc.perturb=0"},  # a default of glibc: only the variable's name counts
+    SPINNING: {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "300000"}}  # libgomp's defaults
+TUNING = (  # setting, task, steps, rounds
+    (MALLOC, "tiny", 30, 5), (MALLOC, "full", 5, 2),
+    (SPINNING, "tiny", 6, 5))  # a step without the setting takes up to 10 s
 
 
 def read_clocks() -> Clocks:
@@ -242,23 +250,30 @@ def busy_neighbour(exists: bool) -> Iterator[None]:
             process.wait()
 
 
-def measure_tuning(name: str, setting: str, rounds: int, work: Path) -> list[tuple[float, float]]:
-    """Return, for each round, the CPU seconds of a step without and with a setting of cpu_tuning.py."""
-    task = TASKS[name]
+def train(name: str, steps: int, number: int, environment: dict[str, str], work: Path) -> Clocks:
+    """Train a task of speed.py in a process, and return the duration of a step.
+
+    Args:
+        number: number of the round.
+        environment: environment variables, in addition to those of this process.
+
+    Raises:
+        SystemExit: the process has failed.
+    """
+    task = replace(TASKS[name], steps=steps)
     prepare(task, work / name)
-    pairs = []
-    with busy_neighbour("beside" in setting):
-        for number in range(rounds):
-            pair = []
-            for environment in (WITHOUT[setting], {}):
-                trainer = Ours("tuning", environment=environment)
-                trial = Trial(trainer.name, name, number, threads=os.cpu_count() or 1)
-                trial = run_trial(trainer, None, task, trial, work / name, TIMEOUT, False)
-                if trial.images_per_cpu is None:
-                    raise SystemExit(f"{name}: {trial.error}")
-                pair.append(2 * task.batch / trial.images_per_cpu)
-            pairs.append((pair[0], pair[1]))
-    return pairs
+    trial = Trial("tuning", name, number, threads=os.cpu_count() or 1)
+    trial = run_trial(Ours("tuning", environment=environment), None, task, trial, work / name, TIMEOUT, False)
+    if trial.images_per_second is None or trial.images_per_cpu is None:
+        raise SystemExit(f"{name}: {trial.error}")
+    return task.images / trial.images_per_second, task.images / trial.images_per_cpu
+
+
+def measure_tuning(name: str, setting: str, steps: int, rounds: int, work: Path) -> list[tuple[float, float]]:
+    """Return, for each round, the CPU seconds of a step without and with a setting of cpu_tuning.py."""
+    with busy_neighbour(setting == SPINNING):
+        return [(train(name, steps, number, WITHOUT[setting], work)[1], train(name, steps, number, {}, work)[1])
+                for number in range(rounds)]
 
 
 def tuning_row(name: str, setting: str, pairs: list[tuple[float, float]]) -> str:
@@ -267,6 +282,32 @@ def tuning_row(name: str, setting: str, pairs: list[tuple[float, float]]) -> str
     plain, tuned = (median(pair[column] for pair in pairs) for column in (0, 1))
     return (f"| {setting} | {name} | {len(pairs)} | {plain:.3f} | {tuned:.3f} | {median(gains):.1%} | "
             f"{min(gains):.1%} to {max(gains):.1%} |")
+
+
+def measure_spinning(rounds: int, work: Path) -> dict[bool, dict[int, list[float]]]:
+    """Return the seconds of a step of `tiny` for each number of iterations that idle threads spin, one per round.
+
+    The first key says whether another process uses one core.
+    """
+    seconds: dict[bool, dict[int, list[float]]] = {}
+    for busy, steps in ((False, 30), (True, 6)):
+        seconds[busy] = {count: [] for count in SPIN_COUNTS}
+        with busy_neighbour(busy):
+            for number in range(rounds):
+                for count in SPIN_COUNTS:
+                    environment = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": str(count)}
+                    seconds[busy][count].append(train("tiny", steps, number, environment, work)[0])
+    return seconds
+
+
+def spinning_rows(seconds: dict[bool, dict[int, list[float]]]) -> list[str]:
+    """Return a Markdown table: medians and ranges, in milliseconds."""
+    rows = ["| ms per step | " + " | ".join(map(str, SPIN_COUNTS)) + " |", "|---" * (1 + len(SPIN_COUNTS)) + "|"]
+    for busy, label in ((False, "alone"), (True, "beside a process that uses one core")):
+        steps = [[1000 * value for value in values] for values in seconds[busy].values()]
+        cells = [f"{median(ms):.0f} ({min(ms):.0f}-{max(ms):.0f})" for ms in steps]
+        rows.append(f"| {label} | {' | '.join(cells)} |")
+    return rows
 
 
 def main() -> None:
@@ -278,12 +319,11 @@ def main() -> None:
     start.add_argument("--rounds", type=int, default=5)
     forms = commands.add_parser("forms")
     forms.add_argument("--steps", type=int, help="steps of each kind")
-    tuning = commands.add_parser("tuning")
-    tuning.add_argument("--models", nargs="+", choices=TASKS, default=["tiny", "full"], help="tasks of speed.py")
-    tuning.add_argument("--rounds", type=int, default=5)
-    for command in (loop, tuning, forms):
+    tuning, spinning = commands.add_parser("tuning"), commands.add_parser("spinning")
+    spinning.add_argument("--rounds", type=int, default=3)
+    for command in (loop, tuning, spinning, forms):
         command.add_argument("--work", type=Path, default=ROOT / "outputs" / "speed", help="folder of the base models")
-    for command in (loop, start, tuning, forms):
+    for command in (loop, start, tuning, spinning, forms):
         command.add_argument("--write", action="store_true", help="write the table to docs/performance.md")
     options = parser.parse_args()
     if options.what == "start":
@@ -292,11 +332,12 @@ def main() -> None:
     elif options.what == "tuning":
         table = ["| setting | task | rounds | CPU s per step without | CPU s per step with | gain | range |",
                  "|---|---|---|---|---|---|---|"]
-        for setting in WITHOUT:
-            for name in options.models:
-                pairs = measure_tuning(name, setting, options.rounds, options.work.absolute())
-                table.append(tuning_row(name, setting, pairs))
-                print(table[-1], flush=True)
+        for setting, name, steps, rounds in TUNING:
+            pairs = measure_tuning(name, setting, steps, rounds, options.work.absolute())
+            table.append(tuning_row(name, setting, pairs))
+            print(table[-1], flush=True)
+    elif options.what == "spinning":
+        table = spinning_rows(measure_spinning(options.rounds, options.work.absolute()))
     elif options.what == "forms":
         table = ["| form | task | clock | pairs of steps | without, ms | with, ms | with / without | quartiles |",
                  "|---|---|---|---|---|---|---|---|"]

@@ -51,7 +51,7 @@ TASKS = {
     "tiny": Task("tiny", "sd", False, 64, 4, 30, 8, 2, 20),
     "tiny_lora": Task("tiny", "sd", True, 64, 4, 30, 8, 2, 20),
     "full": Task("full", "sd", False, 256, 1, 8, 2, 2, 170, resume=False),
-    "full_lora": Task("full", "sd", True, 256, 1, 8, 2, 1, 75),
+    "full_lora": Task("full", "sd", True, 256, 1, 8, 2, 2, 75),
     "sdxl_lora": Task("tiny_sdxl", "sdxl", True, 64, 4, 30, 8, 2, 20),
     "flow_lora": Task("tiny_flow", "z_image", True, 64, 4, 30, 0, 2, 20),
 }

@@ -1,9 +1,9 @@
 """Process settings that make a run on a CPU faster: how OpenMP threads wait, and whether malloc keeps freed memory.
 
 OpenMP: an idle thread spins for a while before it sleeps. Environment variables set how long; libgomp reads them when
-torch is imported. A spinning thread resumes at once but occupies its core: beside another busy process, long spinning
-reduces training to a quarter of its speed (docs/performance.md). Threads therefore spin long only if other processes
-are idle.
+torch is imported. A spinning thread resumes at once but occupies its core: beside another busy process, libgomp's
+default made training steps 30 times as long (docs/performance.md). If other processes are idle when a command starts,
+threads spin for LONG_SPIN: this is as fast as the default, and costs far less if another process starts later.
 
 malloc: glibc maps new pages for each tensor of more than 32 MiB, and returns them to the kernel when the tensor is
 freed. The kernel clears every new page. A step of Stable Diffusion 1.5 allocates and frees gigabytes of gradients and
@@ -21,7 +21,7 @@ from pathlib import Path
 PROC_STAT = Path("/proc/stat")  # covers the whole machine, also inside a container
 BUSY_CORES = 0.2  # number of cores; if other processes use more, the machine counts as shared
 MIN_WATCH_SECONDS = 0.2  # the kernel's clock, with ticks of 10 ms, is too coarse for less
-LONG_SPIN, SHORT_SPIN = "300000", "1000"  # iterations of libgomp's spin loop; the long one is libgomp's own default
+LONG_SPIN, SHORT_SPIN = "10000", "1000"  # iterations of libgomp's spin loop; its own default is 300000
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt, from <malloc.h>
 MALLOC_SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 

@@ -1,6 +1,9 @@
 """The benchmarks of a step and a start: tables, pairs, and what is exchanged between the steps of a pair."""
 
 import importlib
+import inspect
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,29 +37,46 @@ def test_a_gain_is_measured_within_a_round(overhead: ModuleType) -> None:
     assert row == "| malloc | tiny | 3 | 2.000 | 1.000 | 25.0% | 10.0% to 50.0% |"
 
 
-def test_each_round_runs_without_and_with_a_setting(
-        overhead: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import inspect
-    from dataclasses import replace
+@pytest.fixture
+def commands(overhead: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Arguments of each call of run_trial, which runs no process and returns 8 images/s, or 4 with own variables."""
+    run_trial = importlib.import_module("peers.trials").run_trial
+    calls: list[dict[str, Any]] = []
 
-    trials = importlib.import_module("peers.trials")
+    def record(*arguments: Any) -> Any:
+        calls.append(call := inspect.signature(run_trial).bind(*arguments).arguments)
+        rate = 4.0 if call["trainer"].environment else 8.0
+        return replace(call["trial"], images_per_second=rate, images_per_cpu=rate / 2)
 
-    def run_trial(*arguments: Any) -> Any:
-        call = inspect.signature(trials.run_trial).bind(*arguments).arguments
-        return replace(call["trial"], images_per_cpu=4.0 if call["trainer"].environment else 8.0)
-
-    monkeypatch.setattr(overhead, "run_trial", run_trial)
+    monkeypatch.setattr(overhead, "run_trial", record)
     monkeypatch.setattr(overhead, "prepare", lambda task, work: None)
-    pairs = overhead.measure_tuning("tiny", "malloc keeps freed memory", 2, tmp_path)
-    assert pairs == [(2.0, 1.0)] * 2  # 4 photos and 4 class images per step
+    return calls
+
+
+def test_each_round_runs_without_and_with_a_setting(
+        overhead: ModuleType, commands: list[dict[str, Any]], tmp_path: Path) -> None:
+    pairs = overhead.measure_tuning("tiny", overhead.MALLOC, 6, 2, tmp_path)
+    assert pairs == [(4.0, 2.0)] * 2  # 4 photos and 4 class images per step
+    assert [call["task"].steps for call in commands] == [6] * 4
+    assert [call["trial"].round for call in commands] == [0, 0, 1, 1]
+
+
+def test_a_step_is_measured_for_each_spin_count_alone_and_beside_a_busy_process(
+        overhead: ModuleType, commands: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    neighbours: list[bool] = []
+    monkeypatch.setattr(overhead, "busy_neighbour", lambda exists: neighbours.append(exists) or nullcontext())
+    rows = overhead.spinning_rows(overhead.measure_spinning(2, tmp_path))
+    counts = [call["trainer"].environment["GOMP_SPINCOUNT"] for call in commands]
+    assert neighbours == [False, True] and counts == [str(count) for count in overhead.SPIN_COUNTS] * 4
+    assert rows[2] == "| alone |" + " 2000 (2000-2000) |" * len(overhead.SPIN_COUNTS)
 
 
 def test_the_settings_that_are_measured_are_those_that_a_user_may_set(overhead: ModuleType) -> None:
     from dreambooth.runtime import cpu_tuning
 
     own = {*cpu_tuning.MALLOC_SETTINGS, *cpu_tuning.openmp_environment()}
-    without = overhead.WITHOUT
-    assert all(variables.keys() <= own for variables in without.values())
+    assert all(variables.keys() <= own for variables in overhead.WITHOUT.values())
+    assert {setting for setting, *_ in overhead.TUNING} == overhead.WITHOUT.keys()
 
 
 @pytest.mark.slow
