@@ -16,7 +16,7 @@ from yaml import YAMLError
 from dreambooth import cli
 from dreambooth.config.compose import conf_dir, load, to_dataclass
 from dreambooth.config.enums import EncoderKind
-from dreambooth.config.schema import Config
+from dreambooth.config.schema import Config, StopWhen
 from dreambooth.config.section import Section
 from dreambooth.config.storage import is_remote
 from dreambooth.errors import UserError
@@ -72,6 +72,8 @@ def _job(cfg: DictConfig) -> None:
 def compose_from_run(run: Path, options: dict[str, object], downloaded: bool = False) -> DictConfig:
     """Return the configuration that Hydra recorded in a run folder, with new values in the group evaluate.
 
+    Settings that choose a step during training, such as train.stop_when, have their default values.
+
     Args:
         run: folder of the run.
         options: the new values, by key in the group evaluate.
@@ -84,8 +86,9 @@ def compose_from_run(run: Path, options: dict[str, object], downloaded: bool = F
     if not (run / "run.json").is_file() or not record.is_file():
         raise UserError(f"there is no run in {run}: type run=runs/NAME, a folder that python -m dreambooth.train wrote")
     try:
-        cfg = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(record), {"evaluate": {
-            **options, "select": None, "every": None, "objective": "instance_loss"}})
+        cfg = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(record), {
+            "train": {"stop_when": StopWhen()},
+            "evaluate": {**options, "select": None, "every": None, "objective": "instance_loss"}})
         if not downloaded:
             cfg.run_root = find_run_root(run, str(cfg.run_root))
     except (OSError, ValueError, TypeError, AttributeError, IndexError, YAMLError, OmegaConfBaseException) as error:

@@ -198,7 +198,7 @@ def _deploy(deployment: str, overrides: Sequence[str]) -> str:
         raise UserError(f"the sweep {sweep} has no champion in {run_root / 'promoted.json'}, or --deployment names no "
                         "Deployment: run the stage promote first")
     run = Path(champion["run_dir"])
-    recipe = resolve(run_inputs.fetch_inputs(load(compose_from_run(run, {"class_images": 0})), run), run)
+    recipe = resolve(run_inputs.fetch_inputs(load(compose_from_run(run, {})), run), run)
     name, replaced = champion["name"], champion.get("replaced")
     return roll_out(Deployment.of_this_cluster(deployment), f"models:/{name}/{champion['version']}",
                     f"models:/{name}/{replaced}" if replaced else None, lambda url: smoke_test.check(url, recipe))

@@ -1,7 +1,7 @@
 """Keeps the budget of a run: refuses a run that is predicted to pass it, and stops a run that reaches it.
 
-The hours that a run has used are in budget.json in its folder, so that a resumed run goes on counting. The runs of a
-sweep in this process share one budget, with the runs of earlier commands if the sweep is a study of Optuna.
+A resumed run goes on counting (runs/budget_file.py). The runs of a sweep in this process share one budget, together
+with the runs of earlier commands if the sweep is a study of Optuna.
 """
 
 import time
@@ -15,13 +15,12 @@ from dreambooth.errors import DoesNotFit, Interrupted, OverBudget
 from dreambooth.planner import auto_memory
 from dreambooth.planner.gpu_specs import find_card
 from dreambooth.planner.time_and_cost import START_UP, budgeted, estimate
+from dreambooth.runs import budget_file
+from dreambooth.runs.budget_file import used_hours
 from dreambooth.runtime.engine import Engine
 from dreambooth.sweeps import launched_jobs
 from dreambooth.utils import atomic_files
 from dreambooth.utils.signals import StopRequest
-
-FILE = "budget.json"
-
 
 _sweep: dict[Path, tuple[float, float]] = {}  # folder -> hours and US dollars, of the runs of a sweep in this process
 
@@ -50,14 +49,14 @@ def limit_run(recipe: Recipe, stop: StopRequest, engine: Engine, start: Path | N
         yield
         return
     price = _price(recipe)
-    before = used_hours(recipe.run_dir)
+    before = used_hours(recipe.run_dir, start)
     _count(recipe, before)
     engine.run_on_main(partial(_check, recipe, start, before, engine.world_size))
     allowed, limit = recipe.budget.hours(price)
     left = allowed - _used_by_others(recipe)[0] - before
     began, clock = time.time(), time.monotonic()
     if engine.is_main_process:
-        _write(recipe.run_dir, {"hours": before, "began": began})
+        budget_file.write(recipe.run_dir, before, began)
     try:
         with stop.deadline(3600 * left, f"{limit} is used up (type a higher value to continue)"):
             yield
@@ -65,20 +64,7 @@ def limit_run(recipe: Recipe, stop: StopRequest, engine: Engine, start: Path | N
         hours = before + (time.monotonic() - clock) / 3600
         _count(recipe, hours)
         if engine.is_main_process:
-            _write(recipe.run_dir, {"hours": hours})
-
-
-def used_hours(run_dir: Path) -> float:
-    """Return the hours that a run has used, 0 for a run without budget.json.
-
-    The last session of a run that was killed has not written its hours. It ended when its last metrics were written.
-    """
-    record = atomic_files.read_object(run_dir / FILE) or {}
-    hours, began = float(record.get("hours", 0.0)), record.get("began")
-    metrics = run_dir / "metrics.jsonl"
-    if began is not None and metrics.is_file():
-        hours += max(0.0, metrics.stat().st_mtime - float(began)) / 3600
-    return hours
+            budget_file.write(recipe.run_dir, hours)
 
 
 def _check(recipe: Recipe, start: Path | None, before: float, processes: int) -> None:
@@ -124,8 +110,3 @@ def _price(recipe: Recipe) -> float | None:
     hardware = recipe.hardware
     on_spot = recipe.budget.interruptions_per_hour is not None
     return hardware.spot_price_usd_hour if on_spot else hardware.price_usd_hour
-
-
-def _write(run_dir: Path, record: dict[str, float]) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    atomic_files.write_json(run_dir / FILE, record)

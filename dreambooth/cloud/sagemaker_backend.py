@@ -140,8 +140,8 @@ class SageMakerBackend:
 
         If the file is missing or invalid, return {"problem": reason}.
 
-        If the network or the login fails, raise an exception. The next poll then reads the file again, so that the
-        result of a paid job is not lost.
+        If it cannot be read for another reason, such as the network, the login or a permission, raise an exception. The
+        next poll, or a repeated command, then reads the file again, so that the result of a paid job is not lost.
 
         Args:
             training_job: the SDK's TrainingJob object of `job`.
@@ -151,7 +151,7 @@ class SageMakerBackend:
             return folders.read_json(path)
         except (UserError, ValueError) as error:
             cause = error.__cause__
-            if cause is not None and (aws_errors.is_transient(cause) or aws_errors.needs_login(cause)):
+            if cause is not None and aws_errors.is_aws_error(cause) and not aws_errors.is_missing(cause):
                 raise self._translate(cause, "s3:GetObject", path) from error
             return {"problem": f"{path} cannot be read ({error})"}
 

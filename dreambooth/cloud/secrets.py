@@ -60,7 +60,8 @@ def load() -> None:
     name = os.environ.get(SECRET_VARIABLE)
     if not name:
         return
-    client = folders.client("secretsmanager")
+    # The region is that of the secret; an ARN is arn:PARTITION:secretsmanager:REGION:ACCOUNT:secret:NAME.
+    client = folders.client("secretsmanager", region=name.split(":")[3] if name.count(":") > 3 else None)
     response = call_with_retries(
         lambda: client.get_secret_value(SecretId=name), "secretsmanager:GetSecretValue", name)
     try:

@@ -4,10 +4,12 @@ SageMaker bills an endpoint for each second from its creation to its deletion, s
 endpoint is deleted. The command stays and deletes it; AWS itself has no such limit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 
 from dreambooth.config.hardware import Budget
+from dreambooth.deployment.autoscaler import Autoscaler
 from dreambooth.deployment.endpoint_backend import EndpointBackend, EndpointState
 from dreambooth.deployment.follow import Pace
 from dreambooth.deployment.instances import Instance, greatest_count
@@ -55,28 +57,44 @@ def _hours_since(moment: datetime) -> float:
     return max(0.0, (datetime.now(UTC) - moment).total_seconds() / 3600)
 
 
-def watch(backend: EndpointBackend, endpoint: str, budget: Budget, usd_hour: float | None, pace: Pace) -> str:
+def renew_expired_login(error: UserError, *services: EndpointBackend | Autoscaler) -> bool:
+    """If AWS refused a call because the login has expired, let the services read it anew. Return whether it has."""
+    expired = error.__cause__ is not None and aws_errors.needs_login(error.__cause__)
+    if expired:
+        with suppress(UserError):  # there is no login yet
+            for service in services:
+                service.renew_login()
+    return expired
+
+
+def watch(backend: EndpointBackend, endpoint: str, budget: Budget, usd_hour: float | None, pace: Pace,
+          say: Callable[[str], None]) -> str:
     """Wait until the budget of an endpoint is used up, and return the limit, with what is used.
 
     The time is multiplied by the instances that run. The time before this call counts with the instances of now. If AWS
-    does not answer, they count as before.
+    does not answer, or the login has expired, they count as before.
 
     Args:
         usd_hour: price per hour of one instance; None: unknown.
+        say: prints a line.
 
     Raises:
         UserError: AWS refuses to describe the endpoint, or the endpoint was deleted meanwhile.
     """
     usd = hours = 0.0
     count, last = 1, pace.clock()
-    first = True
+    first, has_expired = True, False
     while True:
         try:
             state = backend.describe(endpoint)
         except UserError as error:
-            if error.__cause__ is None or not aws_errors.is_transient(error.__cause__):
+            if not aws_errors.may_answer_later(error.__cause__):
                 raise
+            if renew_expired_login(error, backend) and not has_expired:
+                say(f"{error}; until then the budget is counted, but {endpoint} cannot be deleted")
+                has_expired = True
         else:
+            has_expired = False
             if state is None:
                 raise UserError(f"the endpoint {endpoint} was deleted meanwhile, before its budget was used up")
             count = state.instances if state.instances is not None else count

@@ -97,19 +97,20 @@ class Deployment(EndpointChanges):
     def _keep_budget(self, usd_hour: float | None) -> None:
         """Wait until the budget is used up, then delete the endpoint and everything that belongs to it.
 
-        If AWS does not answer, the deletion is repeated until it does.
+        If AWS does not answer, or the login has expired, the deletion is repeated until it succeeds.
         """
         with self.reporting("Watching the budget of") as mark:
             mark.exists = True
-            self.say(f"{budget.watch(self.backend, self.name, self.options.budget, usd_hour, self.pace)}: "
-                     f"{self.name} is deleted")
+            limit = budget.watch(self.backend, self.name, self.options.budget, usd_hour, self.pace, self.say)
+            self.say(f"{limit}: {self.name} is deleted")
         repeated = False
         while True:
             try:
                 return self.delete(missing_ok=repeated)
             except UserError as error:  # as long as the endpoint exists, it costs money
-                if error.__cause__ is None or not aws_errors.is_transient(error.__cause__):
+                if error.__cause__ is None or not aws_errors.may_answer_later(error.__cause__):
                     raise
+                budget.renew_expired_login(error, self.backend, self.autoscaler)
                 self.say(f"AWS does not answer ({aws_errors.error_code(error.__cause__)}); deleting {self.name} again "
                          f"in {self.pace.poll_seconds:g} s")
             repeated = True

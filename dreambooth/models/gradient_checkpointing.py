@@ -37,6 +37,7 @@ def recompute(unet: Any, groups: int = 1) -> None:
 def _checkpointed(forward: Callable[..., Any], groups: int, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
+    groups = min(groups, len(args[0]))  # with output preservation, there may be steps of one sample
     if groups == 1:
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
     parts = zip(*(_split(value, groups) for value in (*args, *kwargs.values())), strict=True)

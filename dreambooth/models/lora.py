@@ -224,21 +224,16 @@ def describe(model: nn.Module, method: Method) -> list[str]:
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Disable all adapters of `model` inside the context, so that `model` computes as the base model does."""
-    adapters = [layer for _, layer in layers(model)]
-    try:
-        for layer in adapters:
-            layer.enable_adapters(False)
+    with bypassed([layer for _, layer in layers(model)]):
         yield
-    finally:
-        for layer in adapters:
-            layer.enable_adapters(True)
 
 
 @contextmanager
 def bypassed(adapters: Sequence[Any]) -> Iterator[None]:
-    """Disable adapters for a forward pass without gradients inside a training step.
+    """Disable adapters for forward passes without gradients.
 
-    `disabled` also changes `requires_grad` of all adapters, which would take longer, and which a step must not do.
+    peft's `enable_adapters` also changes `requires_grad`. Afterwards, adapters of layers that are not trained
+    (Family.untrainable) would require gradients, and would be saved in checkpoints.
 
     Args:
         adapters: layers with an adapter, from `layers`.

@@ -3,7 +3,8 @@
 The pipeline's class and its sampling scheduler come from the model's family.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -221,13 +222,14 @@ def generate_images(
         width, height = size or (sampler.resolution, sampler.resolution)
         inputs: dict[str, Any] = {"height": height, "width": width}
         if start is not None:
-            inputs = {"image": [start] * count, "strength": strength}
+            own_size = {"height": start.height, "width": start.width} if "height" in _parameters(pipeline) else {}
+            inputs = {"image": [start] * count, "strength": strength} | own_size
         inputs |= family.guidance_arguments(sampler.guidance_scale, count)
-        if negative_prompt is not None:
-            inputs["negative_prompt"] = [negative_prompt] * count
         if on_step is not None:
             inputs["callback_on_step_end"] = partial(_report_step, on_step)
         with evaluating(*modules), torch.no_grad(), autocast():
+            if negative_prompt is not None:
+                inputs |= _negative_arguments(pipeline, [negative_prompt] * count, arguments)
             pixels = pipeline(
                 prompt=list(prompts[chunk]),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[chunk]],
@@ -244,6 +246,21 @@ def generate_images(
         return images
 
     return map_batches(draw, [slice(first, first + batch_size) for first in range(0, len(prompts), batch_size)])
+
+
+def _parameters(pipeline: Any) -> Collection[str]:
+    return inspect.signature(type(pipeline).__call__).parameters
+
+
+def _negative_arguments(pipeline: Any, prompts: list[str], sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the pipeline's arguments for negative prompts. A pipeline without such an argument takes encodings alone.
+
+    Args:
+        sampling: Family.sampling_arguments.
+    """
+    if "negative_prompt" in _parameters(pipeline):
+        return {"negative_prompt": prompts}
+    return {"negative_prompt_embeds": pipeline.encode_prompt(prompts, **sampling)[0]}
 
 
 def _report_step(on_step: Callable[[int, int], None], pipeline: Any, step: int, timestep: Any,

@@ -102,7 +102,9 @@ def swap_weights(model: nn.Module, weights: Mapping[str, Tensor], exact: bool = 
     try:
         for name, parameter in live.items():
             # If the averages are in host memory, the live weights move there: the device holds only one set of weights.
-            saved[name] = parameter.data.to(weights[name].device)
+            # With memory.fully_shard, the live weights are shapes without memory, which `to` would fill.
+            own = parameter.data
+            saved[name] = own if own.untyped_storage().nbytes() < own.nbytes else own.to(weights[name].device)
             parameter.data = weights[name].detach() if exact else weights[name].detach().to(parameter)
         yield
     finally:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth.optim.optimizers import BLOCK_SIZE, OptimizerFactory, can_step_in_pieces
+from dreambooth.optim.state_layout import load_state
 from dreambooth.optim.stochastic_rounding import Rounder
 from dreambooth.optim.streaming_optimizer import group_state
 
@@ -81,8 +82,8 @@ class ParameterUpdater:
         for optimizer, span in zip(self.optimizers, self.spans, strict=True):
             piece = {key: value if span is None else _cut(value, key, span, self.parameter)
                      for key, value in state.items()}
-            optimizer.load_state_dict({"state": {0: piece} if piece else {},
-                                       "param_groups": [dict(group) | {"params": [0]}]})
+            load_state(optimizer, {"state": {0: piece} if piece else {},
+                                   "param_groups": [dict(group) | {"params": [0]}]})
 
     def _step_piece(self, number: int, gradient: Tensor, learning_rate: Any, step: int) -> None:
         target, optimizer, span = self.targets[number], self.optimizers[number], self.spans[number]

@@ -28,7 +28,7 @@ from dreambooth.planner.memory_options import activations_gib, describe_memory_o
 from dreambooth.planner.prediction import STEP_PHASES, Prediction
 from dreambooth.planner.rehearsal import predict
 from dreambooth.planner.skeleton_models import count_trained_weights, find_architecture
-from dreambooth.planner.time_and_cost import OPTIMIZER_STATE_BYTES
+from dreambooth.planner.time_and_cost import OPTIMIZER_STATE_BYTES, host_gib
 from dreambooth.utils.hardware import GIB
 
 MAX_CARD_SHARE = 0.95  # largest share of the card that a chosen candidate may use
@@ -67,14 +67,17 @@ def apply_auto_memory(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[
         nothing is chosen or predicted: the recipe is returned unchanged, and the other two results are empty.
 
     Raises:
-        DoesNotFit: no combination of CANDIDATES fits the card. The message lists further overrides and the memory
-            that each saves.
+        DoesNotFit: no combination of CANDIDATES fits the card, or the machine has too little host memory. The message
+            lists overrides to type, and the card memory that each saves.
     """
     if not recipe.memory.auto or recipe.device != "cuda" or recipe.hardware.usable_vram_gib is None:
         return recipe, {}, ""
     choice = choose_memory_options(recipe, processes=processes)
     if card_gib(choice.recipe, choice.prediction) > recipe.hardware.usable_vram_gib:
         raise DoesNotFit(describe_shortfall(choice.recipe, choice.prediction))
+    of_this_machine = choice.recipe.with_processes(min(processes, recipe.hardware.gpus))
+    if problem := host_shortfall(of_this_machine, choice.prediction):
+        raise DoesNotFit(problem)
     phases = choice.prediction.by_phase
     expected = {phase: usage.reserved / GIB for phase, usage in phases.items() if phase not in STEP_PHASES}
     expected["load"] = max(expected["load"], expected.pop("prompts", 0.0))  # one phase in the run's measurements
@@ -139,6 +142,19 @@ def describe_shortfall(recipe: Recipe, prediction: Prediction) -> str:
     return (f"this run needs {card_gib(recipe, prediction):.1f} GiB, most of it in {prediction.peak_phase}, and "
             f"{recipe.hardware.gpu or 'the card'} has {limit:g}: "
             f"type one of {describe_memory_options(recipe, prediction)}")
+
+
+def host_shortfall(recipe: Recipe, prediction: Prediction) -> str:
+    """Return a sentence with the overrides to type if the machine has too little host memory; empty if it suffices.
+
+    It is also empty if the size of the host memory is unknown.
+    """
+    needed, available = host_gib(recipe, prediction), recipe.hardware.host_ram_gib
+    if available is None or needed <= available:
+        return ""
+    return (f"this run needs {needed:.1f} GiB of host memory and the machine has {available:g}: type "
+            "hardware.instance_type, hardware.host_ram_gib and hardware.price_usd_hour of a larger machine with the "
+            "same card")
 
 
 def _candidates(recipe: Recipe, combinations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

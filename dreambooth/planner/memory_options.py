@@ -20,6 +20,7 @@ from dreambooth.utils.hardware import GIB
 
 CHECKPOINTED_SHARE = 0.12  # share of activations that checkpointing keeps; SD 1.5 at 512 px: 0.26 of 2 GiB per sample
 MIN_SAVED_GIB = 0.05  # options that save less are not listed
+LARGER_CARDS = (("g5", 22.0), ("g6e", 44.0))  # options of hardware with one card, and the GiB of it for a run
 MAX_SAMPLE_BATCH = 32  # images at a time; larger batches are not suggested
 RECOMPUTED_FORWARD = 4 / 3  # operations of a step that computes its forward pass twice, relative to a plain step
 
@@ -55,7 +56,9 @@ def describe_memory_options(recipe: Recipe, prediction: Prediction) -> str:
     step_fits = step_gib <= (recipe.hardware.usable_vram_gib or 0)
     options = list(_sampling_options(recipe, prediction)) if step_fits else list_memory_options(recipe, prediction)
     phrases = [f"{option.overrides} (saves about {option.saved_gib:.1f} GiB)" for option in options]
-    return "; ".join([*auto, *phrases, "a larger card, such as hardware=g5"])
+    present = recipe.hardware.usable_vram_gib or 0.0
+    larger = next((f", such as hardware={name}" for name, gib in LARGER_CARDS if gib > present), "")
+    return "; ".join([*auto, *phrases, f"a larger card{larger}"])
 
 
 def extrapolate_sample_batch(recipe: Recipe, prediction: Prediction, allowed: float) -> int | None:
@@ -151,7 +154,8 @@ def _inexact_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryO
                                memory.optimizer_in_backward, gib_per_byte * (state + 2),
                                _extra_seconds(recipe, prediction, offloaded))
     if (memory.weights is Weights.full and recipe.precision.dtype is not Dtype.fp32 and not memory.offload_optimizer
-            and not memory.fully_shard and recipe.optimizer.kind.allows_half_weights):
+            and not memory.fully_shard and recipe.optimizer.kind.allows_half_weights and not train.channels_last
+            and train.text_encoder_learning_rate is None):
         yield MemoryOption("memory.weights=half memory.rounding=stochastic", gib_per_byte * 2, None)
     if train.use_ema and memory.ema_device is EmaDevice.same and not memory.offload_optimizer:
         without_ema = replace(recipe, train=train.copy_with(use_ema=False))
@@ -159,11 +163,13 @@ def _inexact_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryO
     if train.train_text_encoder:
         frozen = replace(recipe, train=train.copy_with(train_text_encoder=False))
         text_parameters = count_trained_weights(recipe) - count_trained_weights(frozen)
-        yield MemoryOption("train.train_text_encoder=false", text_parameters / GIB * (8 + state), None)
+        rate = " train.text_encoder_learning_rate=null" * (train.text_encoder_learning_rate is not None)
+        yield MemoryOption(f"train.train_text_encoder=false{rate}", text_parameters / GIB * (8 + state), None)
     yield from _batch_options(recipe, prediction)
     if memory.weights is Weights.full and not memory.offload_optimizer:
         ema_bytes = 4 * (train.use_ema and memory.ema_device is EmaDevice.same)
-        yield MemoryOption("method=lora" + " memory.fully_shard=false" * memory.fully_shard,
+        optimizer = " optimizer=adamw" * (recipe.optimizer.kind is OptimizerKind.muon)
+        yield MemoryOption("method=lora" + " memory.fully_shard=false" * memory.fully_shard + optimizer,
                            gib_per_byte * (6 + state + ema_bytes),
                            _extra_seconds(recipe, prediction, flops=2 / 3))
 
@@ -198,7 +204,9 @@ def _batch_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryOpt
     """Yield the options that make a training step smaller: batch size 1, and a resolution of 512 pixels."""
     size = recipe.train.train_batch_size
     if size > 1:
-        yield MemoryOption("train.train_batch_size=1", activations_gib(prediction) * (1 - 1 / size),
+        several = recipe.memory.optimizer_in_backward and (recipe.train.global_batch_size or 1) > 1
+        yield MemoryOption("train.train_batch_size=1" + " memory.optimizer_in_backward=false" * several,
+                           activations_gib(prediction) * (1 - 1 / size),
                            _extra_seconds(recipe, prediction,
                                           flops=1.0 if recipe.train.global_batch_size else 1 / size))
     if (side := recipe.model.resolution) > 512 and prediction.peak_phase in STEP_PHASES:

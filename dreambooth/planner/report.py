@@ -54,14 +54,12 @@ class Plan:
         recipe, hardware = self.recipe, self.recipe.hardware
         if _exceeds(self.card_gib, hardware.usable_vram_gib):
             return auto_memory.describe_shortfall(recipe, self.prediction)
-        for resource, needed, available, advice in (
-                ("host memory", host_gib(recipe, self.prediction), hardware.host_ram_gib,
-                 "hardware.instance_type, hardware.host_ram_gib and hardware.price_usd_hour of a larger machine with "
-                 "the same card"),
-                ("disk", disk_gib(recipe, self.prediction), hardware.disk_gib,
-                 "checkpoint.keep=1, or hardware.instance_type and hardware.disk_gib of a machine with a larger disk")):
-            if _exceeds(needed, available):
-                return f"this run needs {needed:.1f} GiB of {resource} and the machine has {available:g}: type {advice}"
+        if problem := auto_memory.host_shortfall(recipe, self.prediction):
+            return problem
+        if _exceeds(needed := disk_gib(recipe, self.prediction), hardware.disk_gib):
+            return (f"this run needs {needed:.1f} GiB of disk and the machine has {hardware.disk_gib:g}: type "
+                    "checkpoint.keep=1, or hardware.instance_type and hardware.disk_gib of a machine with a larger "
+                    "disk")
         return recipe.budget.shortfall("run", [self.budgeted[0]], [self.budgeted[1]])
 
     @property

@@ -13,6 +13,7 @@ file does not import torch.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 from dreambooth.config.enums import BaseWeights, Dtype, EmaDevice, OptimizerKind
 from dreambooth.config.recipe import Recipe
@@ -89,14 +90,18 @@ def estimate(recipe: Recipe, prediction: Prediction, card: Card | None) -> Estim
         seconds += rounds * held_out * passes / recipe.hardware.gpus
     if recipe.sample.every is not None:
         rounds = 1 + -(-recipe.train.max_train_steps // recipe.sample.every)
-        count = rounds * len(recipe.sample_prompts) * recipe.sample.images_per_prompt
+        count = rounds * pictures_of_one_process(
+            recipe, len(recipe.sample_prompts) * recipe.sample.images_per_prompt,
+            max(recipe.sample.images_per_prompt, recipe.prior.sample_batch_size))
         seconds += count * (denoise * recipe.sample.num_inference_steps + decode)
     if recipe.evaluate.encoders:
         every = recipe.evaluate.every or recipe.train.max_train_steps
         rounds = 1 + -(-recipe.train.max_train_steps // every)
-        count = rounds * (len(recipe.evaluate_prompts) * recipe.evaluate.images_per_prompt
-                          + recipe.evaluate.class_images * bool(recipe.class_prompt.strip()))
-        count += len(recipe.base_image_texts) * recipe.evaluate.images_per_prompt
+        subject, base = (len(texts) * recipe.evaluate.images_per_prompt
+                         for texts in (recipe.evaluate_prompts, recipe.base_image_texts))
+        of_class = recipe.evaluate.class_images * bool(recipe.class_prompt.strip())
+        share = partial(pictures_of_one_process, recipe, batch=recipe.prior.sample_batch_size)
+        count = rounds * (share(subject) + share(of_class)) + share(base)
         seconds += count * (denoise * recipe.sample.num_inference_steps + decode)
 
     saved_every = step * (recipe.checkpoint.every or recipe.train.max_train_steps)
@@ -107,6 +112,12 @@ def estimate(recipe: Recipe, prediction: Prediction, card: Card | None) -> Estim
 
     return Estimate(step, seconds, price(recipe.hardware.price_usd_hour, seconds),
                     price(recipe.hardware.spot_price_usd_hour, on_spot), on_spot)
+
+
+def pictures_of_one_process(recipe: Recipe, pictures: int, batch: int) -> int:
+    """Return how many of `pictures` the process with the largest share generates: the GPUs take batches in turn."""
+    rounds = -(-pictures // (batch * recipe.hardware.gpus))
+    return min(pictures, rounds * batch)
 
 
 def budgeted(recipe: Recipe, time: Estimate) -> tuple[float | None, float | None]:
@@ -203,7 +214,10 @@ def _weight_pass_seconds(recipe: Recipe, prediction: Prediction, card: Card) -> 
 
 
 def host_gib(recipe: Recipe, prediction: Prediction) -> float:
-    """Return the GiB of host memory that a run needs: for the process, for offloaded tensors, and for weights.
+    """Return the GiB of host memory that a run needs: for its processes, for offloaded tensors, and for weights.
+
+    Each process loads the base model, and has EMA and optimizer state of its own; with memory.fully_shard the processes
+    have these together. Prompts are encoded, and checkpoints are collected, in one process of each machine.
 
     Trained weights are in host memory in fp32 while they are loaded or written. With an adapter, the weights of the
     base model are in host memory too: in the compute precision, or in fp32 if the adapter is merged at the end. Swapped
@@ -217,8 +231,10 @@ def host_gib(recipe: Recipe, prediction: Prediction) -> float:
     swapped = (recipe.memory.swap_blocks or 0) * (2 * block - rounded)  # blocks are in `host_bytes` and in `base`
     state = OPTIMIZER_STATE_BYTES[recipe.optimizer.kind] + 4 * recipe.train.use_ema
     collected = recipe.memory.fully_shard * state * prediction.trained_parameters  # while a checkpoint is written
-    run = prediction.host_bytes - swapped + 4 * prediction.trained_parameters + base + collected
-    return PROCESS_GIB + max(run, prediction.encoder_bytes) / GIB
+    gpus = recipe.hardware.gpus
+    loaded = gpus * (4 * prediction.trained_parameters + base)
+    run = (prediction.host_bytes - swapped) * (1 if recipe.memory.fully_shard else gpus) + loaded + collected
+    return gpus * PROCESS_GIB + max(run, prediction.encoder_bytes) / GIB
 
 
 def disk_gib(recipe: Recipe, prediction: Prediction) -> float:

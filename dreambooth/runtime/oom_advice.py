@@ -75,7 +75,8 @@ def _concessions(recipe: Recipe) -> Iterator[str]:
     if train.use_ema:
         yield "train.use_ema=false"
     if train.train_text_encoder:
-        yield "train.train_text_encoder=false"
+        yield "train.train_text_encoder=false" + (
+            "" if train.text_encoder_learning_rate is None else " train.text_encoder_learning_rate=null")
     if recipe.with_prior and not memory.split_prior:
         conflict = memory.optimizer_in_backward and not memory.gradient_checkpointing
         yield "memory.split_prior=true" + (" memory.optimizer_in_backward=false" if conflict else "")

@@ -18,6 +18,7 @@ from dreambooth.utils import atomic_files
 ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING",
           "SIGNALING", "STAGE_OUT", "STOPPED", "PREEMPTED"}  # https://slurm.schedmd.com/squeue.html, "job state codes"
 UNKNOWN_JOB = "Invalid job id"  # squeue, some minutes after the end of a job
+ARRAY = "array.json"  # number of the job array, and the folders of its runs
 REPORTS = "ends"  # folder of the exit reports, one folder for each task
 
 
@@ -56,8 +57,35 @@ def submit(tasks: Sequence[Task], settings: Mapping[str, Any], folder: Path) -> 
     if problems := [problem for problem, holds in rules.items() if not holds]:
         raise ConfigError(*problems)
     folder.mkdir(parents=True, exist_ok=True)
-    return slurm.sbatch(build_script(tasks, settings, folder),
-                        "type the settings of your cluster, such as hydra.launcher.partition=NAME")
+    array = slurm.sbatch(build_script(tasks, settings, folder),
+                         "type the settings of your cluster, such as hydra.launcher.partition=NAME")
+    atomic_files.write_json(folder / ARRAY, {"array": array, "runs": [str(task.run_dir) for task in tasks]})
+    return array
+
+
+def find_active(tasks: Sequence[Task], root: Path) -> tuple[str, Path] | None:
+    """Return the number and the folder of a job array with these runs that has not ended; None: there is none.
+
+    A command that was killed, or whose terminal was closed, leaves its job array behind.
+
+    Args:
+        root: the folder that contains the folders of sweeps.
+
+    Raises:
+        UserError: Slurm does not answer, so that it is unknown whether the job array has ended.
+    """
+    runs = [str(task.run_dir) for task in tasks]
+    for path in sorted(root.glob(f"slurm-*/*/{ARRAY}")):
+        record = atomic_files.read_object(path) or {}
+        if record.get("runs") != runs:
+            continue
+        array = str(record.get("array"))
+        if (states := _states(array)) is None:
+            raise UserError(f"squeue does not answer, and the Slurm job {array} may have these runs: repeat the "
+                            "command when it does")
+        if ACTIVE.intersection(states.values()):
+            return array, path.parent
+    return None
 
 
 def build_script(tasks: Sequence[Task], settings: Mapping[str, Any], folder: Path) -> str:

@@ -53,6 +53,16 @@ def needs_login(error: BaseException) -> bool:
     return error_code(error) in NO_CREDENTIALS | INVALID_KEYS | EXPIRED
 
 
+def is_missing(error: BaseException) -> bool:
+    """Return whether S3 has answered that an object does not exist."""
+    return error_code(error) in ("NoSuchKey", "404", "NotFound")
+
+
+def may_answer_later(error: BaseException | None) -> bool:
+    """Return whether the failed call may succeed later: it is transient, or a login that can be renewed has expired."""
+    return error is not None and (is_transient(error) or (needs_login(error) and login_can_be_renewed()))
+
+
 def login_can_be_renewed() -> bool:
     """Return whether a login in another terminal takes effect in this process.
 

@@ -6,6 +6,7 @@ file and dreambooth/cloud/ use boto3.
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -37,11 +38,15 @@ class RemoteContent(NamedTuple):
     is_complete: bool  # whether the folder has a manifest
 
 
-def client(service: str, connections: int = 10) -> Any:
+def client(service: str, connections: int = 10, region: str | None = None) -> Any:
     """Create a boto3 client that retries transient errors and throttled calls.
 
     At the level DEBUG, botocore logs session tokens and whole requests. It logs nothing below INFO here, even if the
     root logger does (hydra.verbose=true), unless the user has chosen a level for botocore itself.
+
+    Args:
+        region: None: the region of the AWS configuration, or that of AWS_REGION, which SageMaker sets in its containers
+            and boto3 does not read.
 
     Raises:
         UserError: boto3 is not installed, or no AWS region is configured.
@@ -56,7 +61,13 @@ def client(service: str, connections: int = 10) -> Any:
         logger.setLevel(logging.INFO)
     config = Config(retries={"mode": "standard", "total_max_attempts": 3}, max_pool_connections=connections,
                     connect_timeout=CONNECT_TIMEOUT, read_timeout=READ_TIMEOUT)
-    return call_with_retries(lambda: Session().client(service, config=config), service, service)
+
+    def create() -> Any:
+        session = Session()
+        name = region or session.region_name or os.environ.get("AWS_REGION")
+        return session.client(service, region_name=name, config=config)
+
+    return call_with_retries(create, service, service)
 
 
 def upload(folder: Path, uri: str, console: Console | None = None, parallel: int = PARALLEL) -> None:

@@ -60,16 +60,19 @@ def saved_step(folder: Path) -> int | None:
     return step
 
 
-def save(folder: Path, step: int, model: nn.Module) -> None:
-    """Replace the contents of `folder` with the current weights of the trained module.
+def save(folder: Path, step: int, weights: Mapping[str, Tensor]) -> None:
+    """Replace the contents of `folder` with the weights after `step` completed steps.
+
+    Args:
+        weights: the trained weights or their averages, by name. They are not put into the module, because
+            DistributedDataParallel no longer sums the gradients of a parameter whose dtype or device has changed.
 
     Raises:
         DoesNotFit: the disk is full; the previous contents are kept.
     """
-    weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     try:
         with manifest.write_folder(folder) as temporary:
-            save_file(weights, temporary / WEIGHTS)
+            save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, temporary / WEIGHTS)
             state = {"step": step, "size": (temporary / WEIGHTS).stat().st_size}
             (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
     except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError, which is not an OSError

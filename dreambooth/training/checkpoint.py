@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from dreambooth.errors import UserError
 from dreambooth.optim.optimizers import estimated_step_size
+from dreambooth.optim.state_layout import load_state
 from dreambooth.optim.streaming_optimizer import StreamingOptimizer, group_state, hyperparameters
-from dreambooth.runs.checkpoint_files import STATE_FILE, find_damage, latest, rotate
+from dreambooth.runs import budget_file
+from dreambooth.runs.checkpoint_files import STATE_FILE, latest, rotate
 from dreambooth.runtime.engine import Engine
 from dreambooth.storage import manifest
 from dreambooth.training.checkpoint_transfer import share
@@ -49,13 +51,12 @@ def save(folder: Path, state: TrainState, model: nn.Module, scaler: torch.amp.Gr
     contents = _collect(state, model)
     if state.sharded is not None and not state.sharded.engine.is_main_process:
         return target
-    if find_damage(target) is not None:
-        try:
-            with manifest.write_folder(target) as temporary:
-                _write(temporary, state, scaler, *contents)
-        except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError, which is not an OSError
-            raise atomic_files.write_failure(f"the checkpoint of step {state.step} in {folder}", error,
-                                             "make the folder writable and repeat the command") from error
+    try:
+        with manifest.write_folder(target) as temporary:  # replaces a checkpoint of this step that was not loaded
+            _write(temporary, state, scaler, *contents, budget_file.checkpoint_entry(folder.parent))
+    except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError, which is not an OSError
+        raise atomic_files.write_failure(f"the checkpoint of step {state.step} in {folder}", error,
+                                         "make the folder writable and repeat the command") from error
     rotate(folder, keep, target)
     return target
 
@@ -119,8 +120,7 @@ def restore(path: Path, state: TrainState, model: nn.Module, scaler: torch.amp.G
         saved = _unflatten(load_file(path / "optimizer.safetensors"), numbers["optimizer"])
         if state.sharded is not None:
             saved = state.sharded.shard_optimizer_state(saved, state.optimizer)
-        state.optimizer.load_state_dict(saved)
-        _match_strides(state.optimizer)
+        load_state(state.optimizer, saved)
         if isinstance(state.optimizer, StreamingOptimizer):
             state.optimizer.sync_weights()
         _restore_lr_scheduler(state, numbers["schedule"])
@@ -153,12 +153,12 @@ def needed_bytes(state: TrainState, model: nn.Module, keep: int) -> int:
 
 
 def _write(folder: Path, state: TrainState, scaler: torch.amp.GradScaler, files: dict[str, dict[str, Tensor]],
-           optimizer_state: dict[str, Any]) -> None:
+           optimizer_state: dict[str, Any], more: dict[str, float]) -> None:
     flat, optimizer = _flatten(optimizer_state)
     for name, tensors in (files | {"optimizer.safetensors": flat}).items():
         save_file(tensors, folder / name)
     sizes = {entry.name: entry.stat().st_size for entry in folder.iterdir()}
-    numbers = _numbers(state, scaler) | {"optimizer": optimizer, "sizes": sizes}
+    numbers = _numbers(state, scaler) | {"optimizer": optimizer, "sizes": sizes} | more
     (folder / STATE_FILE).write_text(json.dumps(numbers), encoding="utf-8")
 
 
@@ -241,17 +241,6 @@ def _restore_lr_scheduler(state: TrainState, saved: dict[str, Any]) -> None:
                               for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
         for group, rate in zip(state.optimizer.param_groups, scheduler._last_lr, strict=True):
             group["lr"] = rate
-
-
-def _match_strides(optimizer: torch.optim.Optimizer) -> None:
-    """Give each state tensor the strides of its parameter.
-
-    Tensors from files are contiguous, but fused kernels assume that a weight and its state have the same memory layout.
-    """
-    for parameter, entries in optimizer.state.items():
-        for name, value in entries.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
-                entries[name] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from dreambooth.optim.ema import swap_weights
 from dreambooth.runtime.engine import Engine
 from dreambooth.runtime.memory_meter import MemoryMeter
 from dreambooth.training import best_weights
-from dreambooth.training.hooks import is_due_or_last, swap_in_ema
+from dreambooth.training.hooks import is_due_or_last, result_weights, swap_in_ema
 from dreambooth.training.setup import Setup
 from dreambooth.training.step import StepInfo
 from dreambooth.training.validation import ValidationHook
@@ -103,9 +103,10 @@ class EvaluationHook:
 
         if not (self.engine.run_on_main(is_best) if shared else is_best()):
             return
-        with self.meter.phase("save"), swap_in_ema(self.setup, exact=True):
+        with self.meter.phase("save"):
+            weights = result_weights(self.setup)
             if self.engine.is_main_process:
-                best_weights.save(self.best_folder, step, self.setup.trained)
+                best_weights.save(self.best_folder, step, weights)
 
     @property
     def best_folder(self) -> Path:

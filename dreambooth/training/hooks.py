@@ -181,12 +181,24 @@ def swap_in_ema(setup: Setup, exact: bool = False) -> AbstractContextManager[Any
     Raises:
         Diverged: a trained weight or an EMA weight is not finite.
     """
+    if exact or setup.state.sharded is not None:
+        return swap_weights(setup.trained, result_weights(setup), exact)
     setup.state.check_finite(setup.trained)
-    if setup.state.sharded is not None:
-        return swap_weights(setup.trained, setup.state.sharded.gathered(_result(setup)), exact)
-    if (averages := setup.state.averages(setup.trained)) is not None:
-        return swap_weights(setup.trained, averages, exact)
-    return swap_weights(setup.trained, setup.state.weights(setup.trained), exact) if exact else nullcontext()
+    averages = setup.state.averages(setup.trained)
+    return nullcontext() if averages is None else swap_weights(setup.trained, averages)
+
+
+def result_weights(setup: Setup) -> dict[str, Tensor]:
+    """Return the weights that the run would export now, by name, in the precision of training or of the averages.
+
+    With memory.fully_shard this is a collective operation, until `keep_result` is called.
+
+    Raises:
+        Diverged: a trained weight or an EMA weight is not finite.
+    """
+    setup.state.check_finite(setup.trained)
+    weights = _result(setup)
+    return weights if setup.state.sharded is None else setup.state.sharded.gathered(weights)
 
 
 def keep_result(setup: Setup) -> None:

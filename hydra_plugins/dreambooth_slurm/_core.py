@@ -56,13 +56,17 @@ def _compose_job(config: DictConfig, context: HydraContext, overrides: Sequence[
 
 def _run(settings: Mapping[str, Any], config: DictConfig, composed: Sequence[DictConfig],
          job_overrides: Sequence[Sequence[str]], first_number: int) -> list[slurm_array.End]:
-    """Submit the jobs, follow them, and return how they ended."""
+    """Submit the jobs, unless an earlier command has, follow them, and return how they ended."""
     tracking = OmegaConf.select(config, "tracking.sweep", throw_on_missing=False) if "tracking" in config else None
     sweep = str(tracking or default_sweep_id())
     folder = Path(str(config.hydra.sweep.dir), f"slurm-{sweep}", str(first_number)).absolute()
     jobs = [slurm_array.Task(_command(job, overrides, sweep), Path(str(job.hydra.runtime.output_dir)))
             for job, overrides in zip(composed, job_overrides, strict=True)]
-    array = slurm_array.submit(jobs, settings, folder)
+    if found := slurm_array.find_active(jobs, Path(str(config.hydra.sweep.dir)).absolute()):
+        array, folder = found
+        print(f"Slurm job {array} of an earlier command has these runs, and is followed", flush=True)
+    else:
+        array = slurm_array.submit(jobs, settings, folder)
     print(f"Slurm job {array}: {counted(len(jobs), 'job')}, logs in {folder}", flush=True)
     for number, overrides in enumerate(job_overrides, first_number):
         print(f"#{number} : {mask_urls(' '.join(filter_overrides(overrides)))}", flush=True)

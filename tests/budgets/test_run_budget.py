@@ -16,6 +16,8 @@ from dreambooth.config.recipe import Recipe
 from dreambooth.errors import DoesNotFit, Interrupted
 from dreambooth.planner import auto_memory
 from dreambooth.planner.time_and_cost import Estimate, seconds_with_interruptions
+from dreambooth.runs import budget_file
+from dreambooth.runs.budget_file import used_hours
 from dreambooth.runtime.engine import Engine
 from dreambooth.sweeps.launched_jobs import study_jobs
 from dreambooth.utils import atomic_files
@@ -51,7 +53,7 @@ def test_a_run_that_reaches_its_budget_is_asked_to_stop_and_its_next_session_goe
     with run_budget.limit_run(recipe, stop, Engine(), None):
         time.sleep(0.05)
     assert stop.signal_name == "budget.max_hours=2 is used up (type a higher value to continue)"
-    assert 2 < run_budget.used_hours(tmp_path) < 2.001
+    assert 2 < used_hours(tmp_path) < 2.001
     with pytest.raises(DoesNotFit, match=r"budget.max_hours=2 is used up \(2 h\): type a higher budget.max_hours"), \
             run_budget.limit_run(recipe, StopRequest(), Engine(), None):
         pass
@@ -87,7 +89,22 @@ def test_a_killed_session_counts_until_its_last_metrics(tmp_path: Path) -> None:
     atomic_files.write_json(tmp_path / "budget.json", {"hours": 1.0, "began": began})
     (tmp_path / "metrics.jsonl").touch()
     os.utime(tmp_path / "metrics.jsonl", (began, began + 1800))
-    assert run_budget.used_hours(tmp_path) == pytest.approx(1.5)
+    assert used_hours(tmp_path) == pytest.approx(1.5)
+
+
+def test_another_machine_goes_on_counting_from_the_hours_in_the_checkpoint(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path / "first", max_hours=2.0)
+    use(recipe, 1.5)
+    with run_budget.limit_run(recipe, StopRequest(), Engine(), None):
+        entry = budget_file.checkpoint_entry(recipe.run_dir)
+    assert 1.5 <= entry["budget_hours"] < 1.51
+    (checkpoint := tmp_path / "second/checkpoints/step-000004").mkdir(parents=True)
+    atomic_files.write_json(checkpoint / "state.json", entry)
+    assert used_hours(tmp_path / "second") == 0
+    with run_budget.limit_run(recipe_of(tmp_path / "second", max_hours=2.0), StopRequest(), Engine(), checkpoint):
+        pass
+    assert 1.5 <= used_hours(tmp_path / "second") < 1.51
+    assert budget_file.checkpoint_entry(tmp_path / "without a budget") == {}
 
 
 def test_a_run_is_refused_by_its_plan_and_a_resumed_one_by_what_is_left_of_it(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from botocore.exceptions import ConnectTimeoutError
+from botocore.exceptions import ClientError, ConnectTimeoutError
 from botocore.stub import Stubber
 
 from dreambooth.cloud import follower, job_preparation, sweep_results
@@ -153,6 +153,27 @@ def test_a_result_that_cannot_be_fetched_now_is_fetched_later(monkeypatch: pytes
         with pytest.raises(Unreachable):
             backend.poll(job)
         assert sweep_results.objective(backend.poll(job)) == 0.5
+
+
+@pytest.mark.parametrize("code, is_lost", [("AccessDenied", False), ("KMS.DisabledException", False),
+                                           ("NoSuchKey", True), ("404", True)])
+def test_a_result_that_may_not_be_read_is_not_lost(
+        code: str, is_lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A permission may be added; a repeated command then reads the result of the paid job."""
+    def read(uri: str) -> Any:
+        raise UserError("refused") from ClientError({"Error": {"Code": code}}, "GetObject")
+
+    monkeypatch.setattr(folders, "read_json", read)
+    client = folders.client("sagemaker")
+    [job] = jobs(1)
+    with Stubber(client) as stub:
+        stub.add_response("describe_training_job", description(job, "Completed"))
+        backend = SageMakerBackend(client)
+        if is_lost:
+            assert "cannot be read" in backend.poll(job).result["problem"]
+        else:
+            with pytest.raises(UserError):
+                backend.poll(job)
 
 
 # -- quotas, tables, numbers --------------------------------------------------------------------------------------

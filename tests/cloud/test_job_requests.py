@@ -228,7 +228,8 @@ def test_a_job_loads_its_credentials_from_secrets_manager(monkeypatch: pytest.Mo
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "")
     monkeypatch.delenv("MLFLOW_TRACKING_USERNAME")
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(folders, "client", lambda service: client)
+    regions: list[str | None] = []
+    monkeypatch.setattr(folders, "client", lambda service, region: regions.append(region) or client)
     with Stubber(client) as stub:
         content = {"SecretString": '{"username": "me", "password": "p", "hf_token": "t"}'}
         stub.add_response("get_secret_value", content, {"SecretId": "mlflow"})
@@ -239,6 +240,22 @@ def test_a_job_loads_its_credentials_from_secrets_manager(monkeypatch: pytest.Mo
         stub.add_response("get_secret_value", {"SecretString": "not json"}, {"SecretId": "mlflow"})
         with pytest.raises(UserError, match=r"must be a JSON object with username, .*, wandb_api_key, any of"):
             secrets.load()
+        arn = "arn:aws-cn:secretsmanager:cn-north-1:123456789012:secret:mlflow-a1b2c3"
+        monkeypatch.setenv("DREAMBOOTH_SECRET", arn)
+        stub.add_response("get_secret_value", {"SecretString": "{}"}, {"SecretId": arn})
+        secrets.load()
+    assert regions == [None, None, "cn-north-1"]
+
+
+def test_a_client_has_the_region_that_sagemaker_sets_in_its_containers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """boto3 reads AWS_DEFAULT_REGION alone."""
+    monkeypatch.delenv("AWS_DEFAULT_REGION", raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/none")
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    assert folders.client("secretsmanager").meta.region_name == "eu-west-1"
+    assert folders.client("secretsmanager", region="us-west-2").meta.region_name == "us-west-2"
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-2")
+    assert folders.client("secretsmanager").meta.region_name == "us-east-2"
 
 
 def test_job_names_identify_the_run_and_are_valid() -> None:

@@ -327,7 +327,7 @@ def test_a_tuning_job_is_submitted_once(stub: Stubber) -> None:
     stub.add_response("create_hyper_parameter_tuning_job", {"HyperParameterTuningJobArn": "arn:aws:x"}, expected)
     assert sagemaker_submit.submit(spec(), "tuner", "mine").startswith("tuning job mine, at most 8 jobs")
     stub.add_client_error("create_hyper_parameter_tuning_job", "ResourceInUse")
-    with pytest.raises(UserError, match="SageMaker has had a tuning job mine before: type --name NAME"):
+    with pytest.raises(UserError, match=r"SageMaker has a tuning job mine already, .* or type --name NAME"):
         sagemaker_submit.submit(spec(), "tuner", "mine")
     with pytest.raises(ConfigError, match="HyperParameterTuningJobName is 'under_score', which does not match"):
         sagemaker_submit.submit(spec(), "tuner", "under_score")

@@ -35,6 +35,10 @@ def network_failure() -> BaseException:
     return error
 
 
+def expired_login() -> BaseException:
+    return Refusal("ExpiredTokenException", "The security token included in the request is expired")
+
+
 def lost_answer() -> BaseException:
     error: BaseException = ReadTimeoutError(endpoint_url="https://api.sagemaker.us-east-1.amazonaws.com/")
     return error

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 
 from dreambooth.config.hardware import Budget
-from dreambooth.errors import ConfigError, Interrupted
+from dreambooth.deployment.autoscaler import Autoscaler
+from dreambooth.deployment.endpoint_backend import EndpointBackend
+from dreambooth.errors import ConfigError, Interrupted, UserError
 from tests.deployment.conftest import Console
-from tests.deployment.endpoint_service import EndpointService, network_failure
+from tests.deployment.endpoint_service import EndpointService, expired_login, network_failure
 
 Run = Callable[..., None]
 
@@ -60,6 +62,39 @@ def test_a_silent_aws_does_not_end_the_budget(deploy: Run, service: EndpointServ
     service.on_describe = fail
     deploy(budget=Budget(None, 1.0))
     assert not service.endpoints
+
+
+def test_an_expired_login_is_renewed_and_the_budget_is_kept(
+        deploy: Run, service: EndpointService, console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The endpoint would cost money without limit if the command ended with the login."""
+    deploy()
+    renewed: list[str] = []
+    monkeypatch.setattr(EndpointBackend, "renew_login", lambda self: renewed.append("endpoints"))
+    monkeypatch.setattr(Autoscaler, "renew_login", lambda self: renewed.append("autoscaling"))
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    service.fail("DeleteEndpoint", expired_login, times=2)
+    calls: list[Any] = []
+
+    def fail() -> None:
+        calls.append(1)
+        if len(calls) == 20:
+            service.fail("DescribeEndpoint", expired_login, times=3)
+
+    service.on_describe = fail
+    deploy(budget=Budget(None, 1.0))
+    assert not service.endpoints
+    assert renewed == ["endpoints"] * 3 + ["endpoints", "autoscaling"] * 2
+    assert console.text.count("until then the budget is counted, but toy cannot be deleted") == 1
+
+
+def test_an_expired_login_in_environment_variables_ends_the_command(
+        deploy: Run, service: EndpointService, monkeypatch: pytest.MonkeyPatch) -> None:
+    deploy()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    service.fail("DeleteEndpoint", expired_login, times=2)
+    with pytest.raises(UserError, match="the AWS login has expired"):
+        deploy(budget=Budget(None, 1.0))
+    assert service.endpoints
 
 
 @pytest.mark.parametrize("after", [False, True])

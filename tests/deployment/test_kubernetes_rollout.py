@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 
 from dreambooth import stage
@@ -18,7 +19,7 @@ from dreambooth.deployment.kubernetes_rollout import PREVIOUS, Deployment, roll_
 from dreambooth.errors import UserError
 from dreambooth.kubernetes.serving import NAME
 from tests.kubernetes.workflow_files import documents
-from tests.support.configs import demo_recipe
+from tests.support.configs import compose_config, demo_recipe
 
 OLD, NEW = "models:/toy/1", "models:/toy/2"
 
@@ -186,6 +187,22 @@ def test_the_stage_deploys_only_the_champion_of_its_own_sweep(tmp_path: Path) ->
     (tmp_path / "promoted.json").write_text(json.dumps({"sweep": "earlier", "run_dir": str(tmp_path)}))
     with pytest.raises(UserError, match=r"the sweep mine has no champion in .*promoted.json"):
         stage._deploy(NAME, ["sweep=mine", f"run_root={tmp_path}"])
+
+
+def test_the_stage_deploys_the_champion_and_tests_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run := tmp_path / "toy").mkdir()
+    (run / ".hydra").mkdir()
+    (run / "run.json").write_text("{}")
+    (run / ".hydra/config.yaml").write_text(OmegaConf.to_yaml(compose_config()))
+    (run / ".hydra/hydra.yaml").write_text(
+        f"hydra: {{runtime: {{cwd: {tmp_path}, output_dir: {run}}}}}")
+    champion = {"sweep": "mine", "run_dir": str(run), "name": "toy", "version": 3, "replaced": 2}
+    (tmp_path / "promoted.json").write_text(json.dumps(champion))
+    monkeypatch.setattr(kubernetes_rollout.Deployment, "of_this_cluster", lambda name: name)
+    monkeypatch.setattr(smoke_test, "check", lambda url, recipe: f"{url} shows {recipe.instance_prompt}")
+    monkeypatch.setattr(kubernetes_rollout, "roll_out", lambda *found: (*found[:-1], found[-1]("http://pod")))
+    assert stage._deploy(NAME, ["sweep=mine", f"run_root={tmp_path}"]) == (
+        NAME, "models:/toy/3", "models:/toy/2", "http://pod shows a photo of a zwx toy")
 
 
 # -- the smoke test ----------------------------------------------------------------------------------------------------

@@ -5,13 +5,16 @@ from dataclasses import replace
 
 import pytest
 
-from dreambooth.config.enums import BaseWeights, Dtype, MethodKind, PriorKind, Targets
+from dreambooth.config.enums import BaseWeights, Dtype, EmaDevice, MethodKind, PriorKind, Targets
+from dreambooth.errors import DoesNotFit
 from dreambooth.planner import auto_memory, report
+from dreambooth.planner.auto_memory import Choice
 from dreambooth.planner.gpu_specs import cuda_overhead_gib
 from dreambooth.planner.memory_options import list_memory_options
 from dreambooth.planner.prediction import STEP_PHASES
 from dreambooth.planner.rehearsal import predict, rehearse
 from dreambooth.planner.skeleton_models import count_trained_weights
+from dreambooth.planner.time_and_cost import PROCESS_GIB, host_gib
 from dreambooth.utils.hardware import GIB
 from tests.support.configs import demo_recipe, small_recipe
 
@@ -95,8 +98,22 @@ def test_four_bits_are_a_quarter_of_sixteen_for_linear_layers() -> None:
 
 
 @pytest.mark.slow
-def test_too_little_host_memory_is_reported() -> None:
+def test_too_little_host_memory_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = demo_recipe("sd15", method__kind=MethodKind.lora, hardware__host_ram_gib=1)
     plan = report.Plan(recipe, predict(recipe), (), "")
     expected = r"this run needs [\d.]+ GiB of host memory and the machine has 1: type hardware\.instance_type"
     assert re.match(expected, plan.shortfall)
+    choice = Choice(recipe, plan.prediction, (), "")
+    monkeypatch.setattr(auto_memory, "choose_memory_options", lambda recipe, processes: choice)
+    with pytest.raises(DoesNotFit, match=expected):  # a run is refused as its plan is
+        auto_memory.apply_auto_memory(demo_recipe("sd15", memory__auto=True, hardware__host_ram_gib=1))
+
+
+@pytest.mark.slow
+def test_each_process_needs_host_memory_of_its_own() -> None:
+    one, four = (demo_recipe("sd15", memory__ema_device=EmaDevice.cpu, hardware__gpus=gpus) for gpus in (1, 4))
+    prediction = predict(one)
+    assert prediction.host_bytes > 3 * GIB  # the EMA
+    assert host_gib(four, prediction) == pytest.approx(4 * host_gib(one, prediction))
+    encoders = replace(prediction, encoder_bytes=200 * GIB)  # one process encodes the prompts
+    assert host_gib(four, encoders) - host_gib(one, encoders) == pytest.approx(3 * PROCESS_GIB)

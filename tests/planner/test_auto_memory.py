@@ -13,13 +13,15 @@ import torch
 from accelerate.state import AcceleratorState
 
 from dreambooth import run
-from dreambooth.config.enums import Dtype, MethodKind, TrackingKind
+from dreambooth.config.enums import Dtype, MethodKind, OptimizerKind, TrackingKind
+from dreambooth.config.hardware import presets
 from dreambooth.config.recipe import Recipe
-from dreambooth.planner import auto_memory
+from dreambooth.planner import auto_memory, memory_options
 from dreambooth.planner.auto_memory import choose_memory_options
-from dreambooth.planner.memory_options import describe_memory_options, list_memory_options
+from dreambooth.planner.memory_options import LARGER_CARDS, describe_memory_options, list_memory_options
 from dreambooth.planner.prediction import Prediction
 from dreambooth.planner.rehearsal import predict
+from dreambooth.planner.time_and_cost import pictures_of_one_process
 from dreambooth.runs.run_folder import Result
 from dreambooth.runtime.engine import Engine, create_engine
 from dreambooth.training.setup import assemble
@@ -125,6 +127,39 @@ def test_listed_options_are_for_the_phase_that_needs_the_most_memory() -> None:
     sampling = demo_recipe("sd15", prior__sample_batch_size=32, sample__images_per_prompt=1,
                            memory__gradient_checkpointing=True)
     assert list_memory_options(sampling, predict(sampling))[0].overrides == "prior.sample_batch_size=1"
+
+
+@pytest.mark.parametrize("vram, larger", [(14.6, "a larger card, such as hardware=g5"), (22.0, "hardware=g6e"),
+                                          (39.2, "hardware=g6e"), (80.0, "a larger card")])
+def test_a_larger_card_is_larger(vram: float, larger: str) -> None:
+    recipe = demo_recipe("sd15", hardware__usable_vram_gib=vram)
+    assert describe_memory_options(recipe, predict_small_run()).endswith(larger)
+
+
+def test_the_larger_cards_are_those_of_their_presets() -> None:
+    machines = presets()
+    assert {name: machines[name].usable_vram_gib for name, _ in LARGER_CARDS} == dict(LARGER_CARDS)
+
+
+@pytest.mark.parametrize("changed, key, advised", [
+    ({"optimizer__kind": OptimizerKind.muon}, "method=", ["method=lora optimizer=adamw"]),
+    ({"train__channels_last": True}, "memory.weights=", []),
+    ({"train__text_encoder_learning_rate": 1e-6}, "memory.weights=", []),
+    ({"train__text_encoder_learning_rate": 1e-6}, "train.train_text_encoder=",
+     ["train.train_text_encoder=false train.text_encoder_learning_rate=null"]),
+    ({"train__global_batch_size": 4, "train__train_batch_size": 4, "memory__optimizer_in_backward": True},
+     "train.train_batch_size=", ["train.train_batch_size=1 memory.optimizer_in_backward=false"]),
+    ({}, "memory.weights=", ["memory.weights=half memory.rounding=stochastic"])])
+def test_advice_of_a_plan_is_accepted_when_it_is_typed(changed: dict[str, Any], key: str, advised: list[str]) -> None:
+    recipe, prediction = demo_recipe("sd15", **changed), replace(predict_small_run(), trained_parameters=10**9)
+    options = [*memory_options._exact_options(recipe, prediction), *memory_options._inexact_options(recipe, prediction)]
+    assert [option.overrides for option in options if option.overrides.startswith(key)] == advised
+
+
+@pytest.mark.parametrize("pictures, batch, gpus, expected", [
+    (10, 4, 1, 10), (10, 4, 2, 8), (10, 4, 8, 4), (0, 4, 8, 0), (3, 4, 8, 3), (33, 4, 4, 12)])
+def test_processes_generate_batches_in_turn(pictures: int, batch: int, gpus: int, expected: int) -> None:
+    assert pictures_of_one_process(demo_recipe("sd15", hardware__gpus=gpus), pictures, batch) == expected
 
 
 # -- in a run -----------------------------------------------------------------------------------------------------

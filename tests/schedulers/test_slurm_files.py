@@ -201,6 +201,33 @@ def test_ctrl_c_cancels_the_jobs_of_a_sweep(tmp_path: Path, monkeypatch: pytest.
     assert cancelled == ["9"]
 
 
+def test_a_repeated_command_follows_the_jobs_that_a_lost_one_has_submitted(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the new jobs would fail, because the old ones train in the folders of their runs."""
+    states: dict[int, str] | None = {0: "COMPLETED", 1: "RUNNING"}
+    numbers = iter(["9", "10"])
+    followed: list[tuple[str, Path]] = []
+    monkeypatch.setattr(slurm_array, "_states", lambda array: states)
+    monkeypatch.setattr(slurm, "sbatch", lambda *args: next(numbers))
+    monkeypatch.setattr(slurm_array, "follow", lambda array, jobs, folder, poll: followed.append((array, folder)) or [])
+    monkeypatch.setattr(_core, "_command", lambda job, overrides, sweep: [])
+
+    def launch(*runs: str, sweep: str = "mine") -> None:
+        config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}, "tracking": {"sweep": sweep}})
+        composed = [OmegaConf.create({"hydra": {"runtime": {"output_dir": str(tmp_path / name)}}}) for name in runs]
+        _core._run(SETTINGS, config, composed, [[] for _ in runs], 0)
+
+    launch("a", "b")
+    launch("a", "b", sweep="of another second")
+    assert followed == [("9", tmp_path / "slurm-mine/0")] * 2
+    states = None
+    with pytest.raises(UserError, match="squeue does not answer, and the Slurm job 9 may have these runs: repeat the"):
+        launch("a", "b")
+    states = {0: "COMPLETED", 1: "FAILED"}
+    launch("a", "b")
+    assert followed[2:] == [("10", tmp_path / "slurm-mine/0")]
+
+
 def test_a_job_of_a_sweep_has_the_run_folder_of_a_sweep_on_this_machine() -> None:
     """The pattern is passed, not the folder: an absolute path would be stored in the run."""
     job = OmegaConf.create({"hydra": {"sweep": {"dir": "${run_root}", "subdir": "${name}-${identity:sweep}"}}})

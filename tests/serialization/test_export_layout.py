@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
+from dreambooth.config.compose import load
 from dreambooth.config.enums import MethodKind
 from dreambooth.config.generate import Generate
 from dreambooth.config.method import Method
+from dreambooth.config.recipe import resolve
 from dreambooth.errors import UserError
 from dreambooth.evaluate import compose_from_run
 from dreambooth.evaluation import evaluate_run
@@ -21,6 +24,7 @@ from dreambooth.inference.model_sources import find_source
 from dreambooth.models import families
 from dreambooth.serialization import convert, export_layout, lora_files
 from dreambooth.storage import manifest
+from tests.support.configs import NONE, compose_config
 from tests.support.runs import flip_bit
 
 DOORS: dict[str, Callable[[Path], object]] = {
@@ -108,6 +112,16 @@ def test_a_damaged_record_of_the_configuration_is_an_error(content: bytes, tmp_p
     (tmp_path / ".hydra/config.yaml").write_bytes(content)
     with pytest.raises(UserError, match=r"\.hydra cannot be read .*repeat the run's command"):
         compose_from_run(tmp_path, {})
+
+
+def test_a_run_that_stops_early_by_a_measure_of_pictures_can_be_evaluated(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    (tmp_path / ".hydra").mkdir()
+    recorded = compose_config("evaluate.every=2", "train.stop_when.measure=class_similarity",
+                              "train.stop_when.patience=1", "train.stop_when.mode=max")
+    (tmp_path / ".hydra/config.yaml").write_text(OmegaConf.to_yaml(recorded))
+    recipe = resolve(load(compose_from_run(tmp_path, {}, downloaded=True)), tmp_path, NONE)
+    assert recipe.train.stop_when.measure is None and recipe.evaluate.every is None
 
 
 @pytest.mark.parametrize("content", [

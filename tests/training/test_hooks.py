@@ -15,8 +15,10 @@ from dreambooth.data.index.file_hashes import open_hashes
 from dreambooth.data.index.photo_loader import PhotoLoader
 from dreambooth.data.photos import load_photos
 from dreambooth.errors import Interrupted
-from dreambooth.optim.ema import Ema
+from dreambooth.optim.ema import Ema, swap_weights
 from dreambooth.runtime.engine import Engine
+from dreambooth.training import best_weights
+from dreambooth.training.evaluation_hook import EvaluationHook
 from dreambooth.training.hooks import SampleHook, swap_in_ema
 from dreambooth.training.sample_images import SampleRecorder
 from dreambooth.training.step import TrainState
@@ -80,3 +82,33 @@ def test_the_contact_sheet_needs_no_file_of_a_photo_after_the_start(tmp_path: Pa
     recorder.record(0, None, Engine(), StopRequest())
     assert recorder.sheet.is_file()
     open_hashes.cache_clear()
+
+
+def test_the_best_weights_are_saved_without_being_put_into_the_module(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DistributedDataParallel would no longer sum the gradients of a parameter that had another dtype meanwhile."""
+    model = nn.Linear(2, 1).to(torch.bfloat16)
+    state = SimpleNamespace(averages=lambda model: Ema(model, 0.9).average, check_finite=lambda model: None,
+                            sharded=None)
+    saved: list[Any] = []
+
+    def save(folder: Path, step: int, weights: dict[str, torch.Tensor]) -> None:
+        saved.append((folder, step, {name: tensor.dtype for name, tensor in weights.items()}, model.weight.dtype))
+
+    monkeypatch.setattr(best_weights, "save", save)
+    hook: Any = SimpleNamespace(
+        _select_every=2, setup=SimpleNamespace(state=state, trained=model), engine=Engine(), best_folder=tmp_path,
+        best_step=lambda step: step, meter=SimpleNamespace(phase=lambda name: nullcontext()))
+    EvaluationHook._keep_best(hook, 3)
+    assert not saved
+    EvaluationHook._keep_best(hook, 4)
+    assert saved == [(tmp_path, 4, {"weight": torch.float32, "bias": torch.float32}, torch.bfloat16)]
+
+
+def test_weights_without_memory_stay_so_when_others_take_their_place() -> None:
+    """With memory.fully_shard, a parameter of the ordinary model is a shape alone."""
+    model = nn.Linear(64, 64, bias=False)
+    model.weight.data = model.weight.data.new_zeros(1).expand(64, 64)
+    with swap_weights(model, {"weight": torch.ones(64, 64)}):
+        assert model.weight.sum() == 64 * 64
+    assert model.weight.untyped_storage().nbytes() == 4

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 KOHYA_PREFIX = "lora_unet_"  # of all keys in kohya's LoRA layout
 LYCORIS_PREFIX = "lycoris_"  # of the keys that contain the names of diffusers
-ATTENTION_BACKENDS = {AttentionKind.sdpa: "native", AttentionKind.eager: "_native_math",
-                      AttentionKind.xformers: "xformers"}  # names in diffusers.models.attention_dispatch
+# Names in diffusers.models.attention_dispatch. xformers needs query, key and value in one precision: the norms of query
+# and key, which autocast computes in fp32, do not give it.
+ATTENTION_BACKENDS = {AttentionKind.sdpa: "native", AttentionKind.eager: "_native_math"}
 
 
 class FlowTransformer(Family):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dreambooth.config.enums import Targets
+from dreambooth.errors import UserError
 from dreambooth.models.families import qwen_text
 from dreambooth.models.families.family import Layout
 from dreambooth.models.families.flow_transformer import layer_pattern
@@ -18,6 +19,8 @@ from dreambooth.models.families.transformer_file import TransformerFile
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from dreambooth.config.recipe import Recipe
 
 ATTENTION = r"attention\.to_[qkv]", r"attention\.to_out\.0"
 
@@ -69,6 +72,12 @@ class ZImage(qwen_text.QwenTransformer):
     diffusers_lacks = re.compile(r"lora_unet_(x_embedder|final_layer)")
     single_file = ZImageFile()
     no_guidance = 0.0  # the pipeline computes c + g (c - u), with the conditional c and the unconditional u
+
+    def check_training(self, recipe: Recipe) -> None:
+        super().check_training(recipe)
+        if recipe.method.low_rank and recipe.method.dropout and recipe.method.targets is Targets.all:
+            raise UserError("dropout is drawn for each sample, and the first layers of Z-Image read the tokens of all "
+                            "samples as one: type method.targets=transformer, or method.dropout=0")
 
     def matches(self, layout: Layout) -> bool:
         return "cap_feat_dim" in layout.configuration("transformer")
