@@ -27,7 +27,7 @@ def test_the_state_of_an_updater_gets_the_strides_of_its_weight() -> None:
     uninterrupted, resumed = build(), build()
     step(uninterrupted, 0)
     resumed.parameter.data.copy_(uninterrupted.parameter.data)
-    saved = {key: value.contiguous() if isinstance(value, Tensor) else value
+    saved = {key: value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
              for key, value in uninterrupted.state().items()}
     resumed.load(saved, {key: value for key, value in uninterrupted.optimizers[0].param_groups[0].items()
                          if key != "params"})

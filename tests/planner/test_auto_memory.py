@@ -31,6 +31,9 @@ from tests.support.configs import demo_recipe, small_recipe
 LARGE_CARD = {"memory__auto": True, "hardware__usable_vram_gib": 80.0}  # the lower bound rules out no candidate
 
 
+TWO_RATES: dict[str, Any] = {"train__train_text_encoder": True, "train__text_encoder_learning_rate": 1e-6}
+
+
 @cache
 def predict_small_run() -> Prediction:
     return predict(small_recipe())
@@ -144,8 +147,8 @@ def test_the_larger_cards_are_those_of_their_presets() -> None:
 @pytest.mark.parametrize("changed, key, advised", [
     ({"optimizer__kind": OptimizerKind.muon}, "method=", ["method=lora optimizer=adamw"]),
     ({"train__channels_last": True}, "memory.weights=", []),
-    ({"train__text_encoder_learning_rate": 1e-6}, "memory.weights=", []),
-    ({"train__text_encoder_learning_rate": 1e-6}, "train.train_text_encoder=",
+    (TWO_RATES, "memory.weights=", []),
+    (TWO_RATES, "train.train_text_encoder=",
      ["train.train_text_encoder=false train.text_encoder_learning_rate=null"]),
     ({"train__global_batch_size": 4, "train__train_batch_size": 4, "memory__optimizer_in_backward": True},
      "train.train_batch_size=", ["train.train_batch_size=1 memory.optimizer_in_backward=false"]),
