@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,10 +21,12 @@ from dreambooth.runs import budget_file
 from dreambooth.runs.budget_file import used_hours
 from dreambooth.runtime.engine import Engine
 from dreambooth.sweeps.launched_jobs import study_jobs
+from dreambooth.training import checkpoint
 from dreambooth.utils import atomic_files
 from dreambooth.utils.signals import StopRequest
 from tests.support import faults
 from tests.support.configs import small_recipe
+from tests.support.toy_model import ToyModel, make_state
 
 
 @pytest.fixture(autouse=True)
@@ -97,12 +100,13 @@ def test_another_machine_goes_on_counting_from_the_hours_in_the_checkpoint(tmp_p
     use(recipe, 1.5)
     with run_budget.limit_run(recipe, StopRequest(), Engine(), None):
         entry = budget_file.checkpoint_entry(recipe.run_dir)
+        state = make_state(ToyModel())
+        saved = checkpoint.save(recipe.run_dir / "checkpoints", state, state.model, Engine().scaler, 1)
     assert 1.5 <= entry["budget_hours"] < 1.51
-    (checkpoint := tmp_path / "second/checkpoints/step-000004").mkdir(parents=True)
-    atomic_files.write_json(checkpoint / "state.json", entry)
+    start = shutil.copytree(saved, tmp_path / "second/checkpoints" / saved.name)
     assert used_hours(tmp_path / "second") == 0
     run_budget._sweep.clear()  # in this process, both runs would be those of a sweep
-    with run_budget.limit_run(recipe_of(tmp_path / "second", max_hours=2.0), StopRequest(), Engine(), checkpoint):
+    with run_budget.limit_run(recipe_of(tmp_path / "second", max_hours=2.0), StopRequest(), Engine(), start):
         pass
     assert 1.5 <= used_hours(tmp_path / "second") < 1.51
     assert budget_file.checkpoint_entry(tmp_path / "without a budget") == {}

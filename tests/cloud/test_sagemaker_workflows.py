@@ -351,6 +351,11 @@ def test_a_pipeline_is_created_or_updated_and_started(
         "PipelineName": "dreambooth-sweep", "PipelineParameters": [
             {"Name": "RoleArn", "Value": ROLE}, {"Name": "S3Folder", "Value": "s3://bucket/sweeps"}]})
     assert arn in sagemaker_submit.submit(spec(), "pipeline")
+    stub.add_response("describe_pipeline", {})
+    stub.add_response("update_pipeline", {}, definition)
+    stub.add_client_error("start_pipeline_execution", "InternalFailure", http_status_code=500)
+    with pytest.raises(UserError, match=r"may have started: look with aws sagemaker list-pipeline-executions .*sweep,"):
+        sagemaker_submit.submit(spec(), "pipeline")
 
 
 @pytest.mark.parametrize("kind", sagemaker_submit.KINDS)
