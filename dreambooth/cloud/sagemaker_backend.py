@@ -138,10 +138,11 @@ class SageMakerBackend:
     def _read_result(self, training_job: Any, job: Job) -> dict[str, Any]:
         """Return the content of result.json in a job's output.
 
-        If the file is missing or invalid, return {"problem": reason}.
+        If the file is missing or invalid, return {"problem": reason}. If it may not be read, such as for a missing
+        permission, {"problem": reason, "unread": True}: a repeated command reads it again.
 
-        If it cannot be read for another reason, such as the network, the login or a permission, raise an exception. The
-        next poll, or a repeated command, then reads the file again, so that the result of a paid job is not lost.
+        If the network or the login fails, raise an exception. The next poll then reads the file again, so that the
+        result of a paid job is not lost.
 
         Args:
             training_job: the SDK's TrainingJob object of `job`.
@@ -151,9 +152,10 @@ class SageMakerBackend:
             return folders.read_json(path)
         except (UserError, ValueError) as error:
             cause = error.__cause__
-            if cause is not None and aws_errors.is_aws_error(cause) and not aws_errors.is_missing(cause):
+            if cause is not None and (aws_errors.is_transient(cause) or aws_errors.needs_login(cause)):
                 raise self._translate(cause, "s3:GetObject", path) from error
-            return {"problem": f"{path} cannot be read ({error})"}
+            unread = cause is not None and aws_errors.is_aws_error(cause) and not aws_errors.is_missing(cause)
+            return {"problem": f"{path} cannot be read ({error})"} | ({"unread": True} if unread else {})
 
     def _translate(self, error: BaseException, permission: str, resource: str) -> BaseException:
         """Return the exception of the Backend protocol that corresponds to an AWS error. Return other errors unchanged.

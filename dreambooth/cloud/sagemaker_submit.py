@@ -102,7 +102,7 @@ def _translate(error: Exception, permission: str, where: str) -> Exception:
         return UserError(f"SageMaker has a tuning job {where} already, of an earlier command, or of this one if an "
                          "answer was lost: look at it with aws sagemaker describe-hyper-parameter-tuning-job "
                          f"--hyper-parameter-tuning-job-name {where}, or type --name NAME to start another one")
-    if permission == "sagemaker:StartPipelineExecution" and aws_errors.is_transient(error):
+    if permission == "sagemaker:StartPipelineExecution" and aws_errors.may_have_been_received(error):
         return UserError(f"AWS did not answer, and the pipeline {where} may have started: look with aws sagemaker "
                          f"list-pipeline-executions --pipeline-name {where}, and repeat the command if it has not")
     return UserError(aws_errors.describe_error(error, permission, where)) \

@@ -110,9 +110,10 @@ class Deployment(EndpointChanges):
             except UserError as error:  # as long as the endpoint exists, it costs money
                 if error.__cause__ is None or not aws_errors.may_answer_later(error.__cause__):
                     raise
-                budget.renew_expired_login(error, self.backend, self.autoscaler)
-                self.say(f"AWS does not answer ({aws_errors.error_code(error.__cause__)}); deleting {self.name} again "
-                         f"in {self.pace.poll_seconds:g} s")
+                expired = budget.renew_expired_login(error, self.backend, self.autoscaler)
+                problem = str(error).partition(";")[0] if expired else (
+                    f"AWS does not answer ({aws_errors.error_code(error.__cause__)})")
+                self.say(f"{problem}; deleting {self.name} again in {self.pace.poll_seconds:g} s")
             repeated = True
             self.pace.sleep(self.pace.poll_seconds)
 

@@ -21,7 +21,9 @@ def load_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> No
         optimizer.load_state_dict(dict(saved))
     for parameter, entries in optimizer.state.items():
         for name, value in entries.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+            if not isinstance(value, Tensor) or getattr(value, "is_paged", False):
+                continue
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
                 entries[name] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
@@ -32,6 +34,7 @@ def _page(optimizer: Any) -> None:
         for name, value in entries.items():
             if isinstance(value, Tensor):
                 buffer = None
-                if name in ("state1", "state2"):
-                    buffer = optimizer.get_state_buffer(parameter, dtype=value.dtype)
+                if name in ("state1", "state2"):  # of the weight's shape; half weights have no elements between steps
+                    like = torch.empty(value.shape, dtype=value.dtype, device=parameter.device)
+                    buffer = optimizer.get_state_buffer(like, dtype=value.dtype)
                 entries[name] = value.to(parameter.device) if buffer is None else buffer.copy_(value)

@@ -68,7 +68,7 @@ def apply_auto_memory(recipe: Recipe, processes: int = 1) -> tuple[Recipe, dict[
 
     Raises:
         DoesNotFit: no combination of CANDIDATES fits the card, or the machine has too little host memory. The message
-            lists overrides to type, and the card memory that each saves.
+            lists overrides to type; for the card also the memory that each saves.
     """
     if not recipe.memory.auto or recipe.device != "cuda" or recipe.hardware.usable_vram_gib is None:
         return recipe, {}, ""

@@ -205,8 +205,9 @@ def _batch_options(recipe: Recipe, prediction: Prediction) -> Iterator[MemoryOpt
     size = recipe.train.train_batch_size
     if size > 1:
         several = recipe.memory.optimizer_in_backward and (recipe.train.global_batch_size or 1) > 1
+        gradients = several * 4 * prediction.trained_parameters / GIB  # which then exist at the same time
         yield MemoryOption("train.train_batch_size=1" + " memory.optimizer_in_backward=false" * several,
-                           activations_gib(prediction) * (1 - 1 / size),
+                           activations_gib(prediction) * (1 - 1 / size) - gradients,
                            _extra_seconds(recipe, prediction,
                                           flops=1.0 if recipe.train.global_batch_size else 1 / size))
     if (side := recipe.model.resolution) > 512 and prediction.peak_phase in STEP_PHASES:

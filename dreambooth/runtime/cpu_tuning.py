@@ -2,8 +2,9 @@
 
 OpenMP: an idle thread spins for a while before it sleeps. Environment variables set how long; libgomp reads them when
 torch is imported. A spinning thread resumes at once but occupies its core: beside another busy process, libgomp's
-default made training steps 30 times as long (docs/performance.md). If other processes are idle when a command starts,
-threads spin for LONG_SPIN: this is as fast as the default, and costs far less if another process starts later.
+default makes training steps 32 times as long as without spinning (docs/performance.md). If other processes are idle
+when a command starts, threads spin for LONG_SPIN, which is about as fast as the default there, and costs far less if
+another process starts later.
 
 malloc: glibc maps new pages for each tensor of more than 32 MiB, and returns them to the kernel when the tensor is
 freed. The kernel clears every new page. A step of Stable Diffusion 1.5 allocates and frees gigabytes of gradients and

@@ -47,7 +47,7 @@ def _resources(hardware: Hardware, image: str, limited: bool) -> dict[str, Any]:
 
     Args:
         limited: the run has a budget. It is then not started again when it ends with the exit code of an interrupted
-            run, because a new instance does not know how much of the budget is used.
+            run, because without a checkpoint in S3 a new instance does not know how much of the budget is used.
     """
     memory = math.floor((hardware.host_ram_gib or 8) * pod_spec.MEMORY_SHARE)
     gpu: dict[str, Any] = {}

@@ -63,10 +63,11 @@ def submit(tasks: Sequence[Task], settings: Mapping[str, Any], folder: Path) -> 
     return array
 
 
-def find_active(tasks: Sequence[Task], root: Path) -> tuple[str, Path] | None:
+def find_active(tasks: Sequence[Task], root: Path, poll_seconds: float) -> tuple[str, Path] | None:
     """Return the number and the folder of a job array with these runs that has not ended; None: there is none.
 
-    A command that was killed, or whose terminal was closed, leaves its job array behind.
+    A command that was killed, or whose terminal was closed, leaves its job array behind. A job array that was cancelled
+    is not returned: this function waits until its runs have saved their state.
 
     Args:
         root: the folder that contains the folders of sweeps.
@@ -84,7 +85,11 @@ def find_active(tasks: Sequence[Task], root: Path) -> tuple[str, Path] | None:
             raise UserError(f"squeue does not answer, and the Slurm job {array} may have these runs: repeat the "
                             "command when it does")
         if ACTIVE.intersection(states.values()):
-            return array, path.parent
+            if not record.get("cancelled"):
+                return array, path.parent
+            print(f"waiting for the cancelled Slurm job {array}, whose runs save their state", flush=True)
+            while ACTIVE.intersection((_states(array) or {}).values()):
+                time.sleep(poll_seconds)
     return None
 
 
@@ -122,8 +127,14 @@ def follow(array: str, tasks: Sequence[Task], folder: Path, poll_seconds: float)
     return [_end(task, folder, number, states[number]) for number, task in enumerate(tasks)]
 
 
-def cancel(array: str) -> None:
-    """Cancel a job array. Its runs receive SIGTERM and save their state."""
+def cancel(array: str, folder: Path) -> None:
+    """Cancel a job array. Its runs receive SIGTERM and save their state.
+
+    Args:
+        folder: see `submit`.
+    """
+    if record := atomic_files.read_object(folder / ARRAY):
+        atomic_files.write_json(folder / ARRAY, record | {"cancelled": True})
     subprocess.run(["scancel", array], capture_output=True, check=False)
 
 

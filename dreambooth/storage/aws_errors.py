@@ -43,6 +43,12 @@ def is_transient(error: BaseException) -> bool:
     return error_code(error) in NETWORK | BUSY | DAMAGED or 500 <= status < 600
 
 
+def may_have_been_received(error: BaseException) -> bool:
+    """Return whether AWS may have carried out the failed call: its answer was lost, or it failed on the way."""
+    status = _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return is_network_error(error) or 500 <= status < 600
+
+
 def is_network_error(error: BaseException) -> bool:
     """Return whether the call got no response from AWS, so that the network is the likely cause."""
     return error_code(error) in NETWORK

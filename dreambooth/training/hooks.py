@@ -134,13 +134,17 @@ class SampleHook:
 
 @dataclass
 class CheckpointHook:
-    """Saves a checkpoint every `checkpoint.every` steps and after the last one."""
+    """Saves a checkpoint every `checkpoint.every` steps and after the last one.
+
+    Attributes:
+        saved_step: the step of the last checkpoint that was saved or loaded; None: there is none.
+    """
 
     setup: Setup
     engine: Engine
     meter: MemoryMeter
     recipe: Recipe
-    _saved_step: int | None = None
+    saved_step: int | None = None
 
     @property
     def takes_part(self) -> bool:
@@ -155,15 +159,15 @@ class CheckpointHook:
             self.save()
 
     def save(self) -> None:
-        """Save the current state, unless this hook has saved it already."""
+        """Save the current state, unless it was saved or loaded already."""
         state = self.setup.state
-        if state.step == self._saved_step:
+        if state.step == self.saved_step:
             return
         with self.meter.phase("save"):
             state.check_finite(self.setup.trained)
             checkpoint.save(self.recipe.run_dir / "checkpoints", state, self.setup.trained, self.engine.scaler,
                             self.recipe.checkpoint.keep)
-        self._saved_step = state.step
+        self.saved_step = state.step
 
 
 def swap_in_ema(setup: Setup, exact: bool = False) -> AbstractContextManager[Any]:

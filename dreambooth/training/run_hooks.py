@@ -56,7 +56,7 @@ def create_hooks(recipe: Recipe, setup: Setup, tracker: Tracker, engine: Engine,
                  stop: StopRequest) -> RunHooks:
     """Create the hooks of a run. `stop` is the object that records a request to stop (SIGTERM or Ctrl-C)."""
     sampling = SampleHook(SampleRecorder(recipe, setup.photos, tracker), setup, engine, meter, recipe, stop)
-    saving = CheckpointHook(setup, engine, meter, recipe)
+    saving = CheckpointHook(setup, engine, meter, recipe, setup.state.step or None)
     validation = ValidationHook(setup, engine, meter, recipe, tracker)
     evaluator = Evaluator(recipe, setup.scorer, tracker, engine, stop) if recipe.evaluate.encoders else None
     evaluation = EvaluationHook(evaluator, setup, engine, meter, recipe, validation)

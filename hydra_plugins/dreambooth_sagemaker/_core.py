@@ -222,7 +222,7 @@ def _job_return(config: DictConfig, job: Job, state: JobState) -> JobReturn:
         working_dir=str(config.hydra.sweep.dir), status=JobStatus.COMPLETED if completed else JobStatus.FAILED)
     job_return.return_value = math.nan if state.status == PRUNED else sweep_results.returned_value(
         state) if completed else JobFailed(f"dreambooth: job {job.name} {state.status.lower()}: {state.reason}")
-    if state.status == STOPPED:
+    if state.status == STOPPED or state.result.get("unread"):  # a repeated command may still get the result
         launched_jobs.study_jobs.stopped[job.number] = f"job {job.name}: {state.reason}"
     if state.status == PRUNED:
         launched_jobs.study_jobs.pruned.add(job.number)

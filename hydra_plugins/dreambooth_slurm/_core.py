@@ -62,7 +62,8 @@ def _run(settings: Mapping[str, Any], config: DictConfig, composed: Sequence[Dic
     folder = Path(str(config.hydra.sweep.dir), f"slurm-{sweep}", str(first_number)).absolute()
     jobs = [slurm_array.Task(_command(job, overrides, sweep), Path(str(job.hydra.runtime.output_dir)))
             for job, overrides in zip(composed, job_overrides, strict=True)]
-    if found := slurm_array.find_active(jobs, Path(str(config.hydra.sweep.dir)).absolute()):
+    if found := slurm_array.find_active(jobs, Path(str(config.hydra.sweep.dir)).absolute(),
+                                           settings["poll_seconds"]):
         array, folder = found
         print(f"Slurm job {array} of an earlier command has these runs, and is followed", flush=True)
     else:
@@ -73,7 +74,7 @@ def _run(settings: Mapping[str, Any], config: DictConfig, composed: Sequence[Dic
     try:
         return slurm_array.follow(array, jobs, folder, settings["poll_seconds"])
     except KeyboardInterrupt:
-        slurm_array.cancel(array)
+        slurm_array.cancel(array, folder)
         raise Interrupted(f"interrupted; the Slurm job {array} is cancelled, and its runs save their state: repeat the "
                           "command to continue") from None
 

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError, ConnectTimeoutError
 from botocore.stub import Stubber
+from omegaconf import OmegaConf
 
 from dreambooth.cloud import follower, job_preparation, sweep_results
 from dreambooth.cloud.job import COMPLETED, FAILED, RUNNING, Job, JobState, LoginRequired, QuotaExceeded, Unreachable
 from dreambooth.cloud.sagemaker_backend import LOGIN_PATIENCE, SageMakerBackend
 from dreambooth.errors import ConfigError, Interrupted, UserError
 from dreambooth.storage import aws_errors, folders
+from dreambooth.sweeps import launched_jobs
 from hydra_plugins.dreambooth_sagemaker import _core
 from hydra_plugins.dreambooth_sagemaker.launcher import SageMakerLauncherConf
 from tests.cloud.memory_backend import HYPER, Cloud, jobs, make_follower, read_table, run_on
@@ -168,12 +170,13 @@ def test_a_result_that_may_not_be_read_is_not_lost(
     [job] = jobs(1)
     with Stubber(client) as stub:
         stub.add_response("describe_training_job", description(job, "Completed"))
-        backend = SageMakerBackend(client)
-        if is_lost:
-            assert "cannot be read" in backend.poll(job).result["problem"]
-        else:
-            with pytest.raises(UserError):
-                backend.poll(job)
+        state = sweep_results.fail_without_objective(SageMakerBackend(client).poll(job))
+    assert "cannot be read" in state.reason
+    monkeypatch.setattr(launched_jobs.study_jobs, "stopped", stopped := {})
+    monkeypatch.setattr(_core, "job_failures", [])
+    config = OmegaConf.create({"hydra": {"job": {"name": "train"}, "sweep": {"dir": "."}}})
+    _core._job_return(config, job, state)
+    assert list(stopped) == ([] if is_lost else [job.number])  # a study runs those again, which polls the same job
 
 
 # -- quotas, tables, numbers --------------------------------------------------------------------------------------

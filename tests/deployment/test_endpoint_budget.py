@@ -9,6 +9,7 @@ from dreambooth.config.hardware import Budget
 from dreambooth.deployment.autoscaler import Autoscaler
 from dreambooth.deployment.endpoint_backend import EndpointBackend
 from dreambooth.errors import ConfigError, Interrupted, UserError
+from dreambooth.storage import folders
 from tests.deployment.conftest import Console
 from tests.deployment.endpoint_service import EndpointService, expired_login, network_failure
 
@@ -85,6 +86,20 @@ def test_an_expired_login_is_renewed_and_the_budget_is_kept(
     assert not service.endpoints
     assert renewed == ["endpoints"] * 3 + ["endpoints", "autoscaling"] * 2
     assert console.text.count("until then the budget is counted, but toy cannot be deleted") == 1
+    assert console.text.count("log in there as you did before; deleting toy again in 15 s") == 2
+
+
+def test_clients_are_created_again_for_another_login(monkeypatch: pytest.MonkeyPatch) -> None:
+    created: list[str] = []
+    monkeypatch.setattr(folders, "client", lambda service: created.append(service) or object())
+    own, given = (EndpointBackend(), Autoscaler()), (EndpointBackend(object()), Autoscaler(object(), object()))
+    before = own[0]._client, own[1]._scaling_client, own[1]._alarm_client
+    kept = given[0]._client, given[1]._scaling_client, given[1]._alarm_client
+    for service in (*own, *given):
+        service.renew_login()
+    after = own[0]._client, own[1]._scaling_client, own[1]._alarm_client
+    assert not set(before) & set(after) and created[:3] == ["sagemaker", "application-autoscaling", "cloudwatch"]
+    assert (given[0]._client, given[1]._scaling_client, given[1]._alarm_client) == kept
 
 
 def test_an_expired_login_in_environment_variables_ends_the_command(

@@ -16,8 +16,9 @@ from dreambooth import run
 from dreambooth.config.enums import Dtype, MethodKind, OptimizerKind, TrackingKind
 from dreambooth.config.hardware import presets
 from dreambooth.config.recipe import Recipe
-from dreambooth.planner import auto_memory, memory_options
+from dreambooth.planner import auto_memory, memory_options, time_and_cost
 from dreambooth.planner.auto_memory import choose_memory_options
+from dreambooth.planner.gpu_specs import find_card
 from dreambooth.planner.memory_options import LARGER_CARDS, describe_memory_options, list_memory_options
 from dreambooth.planner.prediction import Prediction
 from dreambooth.planner.rehearsal import predict
@@ -163,6 +164,23 @@ def test_advice_of_a_plan_is_accepted_when_it_is_typed(changed: dict[str, Any], 
     (10, 4, 1, 10), (10, 4, 2, 8), (10, 4, 8, 4), (0, 4, 8, 0), (3, 4, 8, 3), (33, 4, 4, 12)])
 def test_processes_generate_batches_in_turn(pictures: int, batch: int, gpus: int, expected: int) -> None:
     assert pictures_of_one_process(demo_recipe("sd15", hardware__gpus=gpus), pictures, batch) == expected
+
+
+def test_the_estimate_divides_samples_and_evaluation_among_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def none(recipe: Recipe, pictures: int, batch: int) -> int:
+        asked.append((pictures, batch))
+        return 0
+
+    recipe = demo_recipe("sd15", sample__images_per_prompt=3, prior__sample_batch_size=2)
+    prediction, card = replace(predict_small_run(), picture_flops=(10**12, 10**12)), find_card("T4")
+    before = time_and_cost.estimate(recipe, prediction, card).run_seconds
+    monkeypatch.setattr(time_and_cost, "pictures_of_one_process", none)
+    after = time_and_cost.estimate(recipe, prediction, card).run_seconds
+    assert before is not None and after is not None and after < before
+    assert asked[0] == (3 * len(recipe.sample_prompts), 3) and {batch for _, batch in asked[1:]} == {2}
+    assert asked[1][0] == len(recipe.evaluate_prompts) * recipe.evaluate.images_per_prompt
 
 
 # -- in a run -----------------------------------------------------------------------------------------------------

@@ -245,6 +245,7 @@ RUNS: list[dict[str, object]] = [
     {"memory__weights": Weights.half, "memory__rounding": Rounding.stochastic},
     {"optimizer__kind": OptimizerKind.paged_adamw8bit}, {"train__channels_last": True},
     {"train__gradient_accumulation_steps": 2}, {"method__kind": MethodKind.lora, "method__name": "lora"},
+    {"train__train_text_encoder": True, "train__text_encoder_learning_rate": 1e-6},
 ]
 
 
@@ -269,7 +270,7 @@ def test_advised_overrides_are_valid(values: dict[str, object], monkeypatch: pyt
                 values["optimizer__kind"] = OptimizerKind(value)
             else:
                 values[key.replace(".", "__")] = {"true": True, "false": False}.get(value) if value in (
-                    "true", "false") else int(value)
+                    "true", "false", "null") else int(value)
     pytest.fail(f"{typed} is advised again")
 
 

@@ -194,7 +194,7 @@ def test_ctrl_c_cancels_the_jobs_of_a_sweep(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(slurm_array, "submit", lambda *args: "9")
     monkeypatch.setattr(slurm_array, "follow", interrupted)
-    monkeypatch.setattr(slurm_array, "cancel", cancelled.append)
+    monkeypatch.setattr(slurm_array, "cancel", lambda array, folder: cancelled.append(array))
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}, "tracking": {"sweep": "mine"}})
     with pytest.raises(Interrupted, match="the Slurm job 9 is cancelled, and its runs save their state: repeat the"):
         _core._run(SETTINGS, config, [], [], 0)
@@ -226,6 +226,19 @@ def test_a_repeated_command_follows_the_jobs_that_a_lost_one_has_submitted(
     states = {0: "COMPLETED", 1: "FAILED"}
     launch("a", "b")
     assert followed[2:] == [("10", tmp_path / "slurm-mine/0")]
+
+
+def test_after_ctrl_c_a_repeated_command_waits_until_the_runs_have_saved(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([{0: "RUNNING"}, {0: "COMPLETING"}, {0: "CANCELLED"}])
+    monkeypatch.setattr(slurm_array, "_states", lambda array: next(answers))
+    monkeypatch.setattr(slurm_array.subprocess, "run", lambda *args, **kwargs: None)
+    task, folder = slurm_array.Task([], tmp_path / "run"), tmp_path / "slurm-mine/0"
+    folder.mkdir(parents=True)
+    (folder / "array.json").write_text(json.dumps({"array": "9", "runs": [str(task.run_dir)]}))
+    slurm_array.cancel("9", folder)
+    assert slurm_array.find_active([task], tmp_path, 0) is None
+    assert next(answers, None) is None
 
 
 def test_a_job_of_a_sweep_has_the_run_folder_of_a_sweep_on_this_machine() -> None:

@@ -17,14 +17,15 @@ from dreambooth.data.photos import load_photos
 from dreambooth.errors import Interrupted
 from dreambooth.optim.ema import Ema, swap_weights
 from dreambooth.runtime.engine import Engine
-from dreambooth.training import best_weights
+from dreambooth.training import best_weights, checkpoint
 from dreambooth.training.evaluation_hook import EvaluationHook
-from dreambooth.training.hooks import SampleHook, swap_in_ema
+from dreambooth.training.hooks import CheckpointHook, SampleHook, swap_in_ema
 from dreambooth.training.sample_images import SampleRecorder
 from dreambooth.training.step import TrainState
 from dreambooth.utils.signals import StopRequest
 from tests.data.noise_photos import save_noise
 from tests.support.configs import resolve_demo
+from tests.support.toy_model import ToyModel, make_state
 
 
 def sample_hook(step: int, record: Any, every: int | None = 4) -> SampleHook:
@@ -112,3 +113,28 @@ def test_weights_without_memory_stay_so_when_others_take_their_place() -> None:
     with swap_weights(model, {"weight": torch.ones(64, 64)}):
         assert model.weight.sum() == 64 * 64
     assert model.weight.untyped_storage().nbytes() == 4
+
+
+def test_a_checkpoint_that_was_loaded_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(checkpoint, "save", lambda folder, state, *rest: saved.append(state.step))
+    state = SimpleNamespace(step=4, check_finite=lambda model: None)
+    setup: Any = SimpleNamespace(state=state, trained=None)
+    recipe: Any = SimpleNamespace(run_dir=tmp_path, checkpoint=SimpleNamespace(keep=1))
+    meter: Any = SimpleNamespace(phase=lambda name: nullcontext())
+    hook = CheckpointHook(setup, Engine(), meter, recipe, saved_step=4)
+    hook.save()
+    assert not saved
+    state.step = 5
+    hook.save(), hook.save()
+    assert saved == [5]
+
+
+def test_a_checkpoint_of_the_same_step_that_could_not_be_loaded_is_replaced(tmp_path: Path) -> None:
+    first, second, resumed = (make_state(ToyModel()) for _ in range(3))
+    checkpoint.save(tmp_path, first, first.model, Engine().scaler, 1)
+    for parameter in second.model.parameters():
+        nn.init.constant_(parameter, 0.5)
+    path = checkpoint.save(tmp_path, second, second.model, Engine().scaler, 1)
+    checkpoint.restore(path, resumed, resumed.model, Engine().scaler)
+    assert all(bool((parameter == 0.5).all()) for parameter in resumed.model.parameters() if parameter.requires_grad)
