@@ -106,12 +106,17 @@ def test_the_best_weights_are_saved_without_being_put_into_the_module(
     assert saved == [(tmp_path, 4, {"weight": torch.float32, "bias": torch.float32}, torch.bfloat16)]
 
 
-def test_weights_without_memory_stay_so_when_others_take_their_place() -> None:
-    """With memory.fully_shard, a parameter of the ordinary model is a shape alone."""
+def test_weights_without_memory_stay_so_when_others_take_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With memory.fully_shard, a parameter of the ordinary model is a shape alone, which a copy on a CPU would fill."""
     model = nn.Linear(64, 64, bias=False)
     model.weight.data = model.weight.data.new_zeros(1).expand(64, 64)
+    copied: list[int] = []
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *to_: copied.append(self.untyped_storage().nbytes()) or to(
+        self, *to_))
     with swap_weights(model, {"weight": torch.ones(64, 64)}):
         assert model.weight.sum() == 64 * 64
+        assert copied == [4 * 64 * 64]
     assert model.weight.untyped_storage().nbytes() == 4
 
 
