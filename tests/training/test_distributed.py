@@ -1,10 +1,12 @@
 """Two gloo processes under PyTorch's launcher give the weights of one process."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.support.toy_model import ToyModel, ToyTokens, make_batches, train_steps
@@ -40,3 +42,18 @@ def test_under_torchrun_the_interpreter_is_not_torn_down_while_threads_run() -> 
                                       env=os.environ | extra) for extra in ({}, {"TORCHELASTIC_RUN_ID": "none"}))
     assert (plain.returncode, plain.stdout.split("\n")[:2]) == (6, ["at exit", "torn down"])
     assert (torchrun.returncode, torchrun.stdout) == (6, "at exit\n")
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_training_after_the_best_weights_were_saved(tmp_path: Path) -> None:
+    """The averages have another dtype than half weights, and must not be put into them while processes train."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+               "dreambooth.train", f"run_root={tmp_path}", "precision=bf16", "memory.weights=half",
+               "memory.rounding=stochastic", "train.max_train_steps=3", "evaluate.every=2", "sample.every=null",
+               "evaluate.select=subject_similarity", "evaluate.images_per_prompt=1", "evaluate.class_images=4",
+               "prior.num_class_images=4", "tracking=none"]
+    result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-3000:]
+    [best] = tmp_path.glob("*/best/state.json")
+    assert json.loads(best.read_text())["step"] == 2
