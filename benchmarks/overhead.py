@@ -84,10 +84,17 @@ WARM_UP = 5  # steps that are not counted, at most a third of all
 IMPORTS = ("import torch; from diffusers import AutoencoderKL, UNet2DConditionModel; "
            "from transformers import CLIPTextModel")
 
+
+
+def spinning_for(iterations: int) -> dict[str, str]:
+    """Return the environment variables with which idle OpenMP threads spin for this number of iterations."""
+    return {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": str(iterations)}
+
+
 MALLOC, SPINNING = "malloc keeps freed memory", "threads sleep early beside a busy process"
 WITHOUT = {  # a setting of cpu_tuning.py -> the environment variables without it
     MALLOC: {"GLIBC_TUNABLES": "glibc.malloc.perturb=0"},  # a default of glibc: only the variable's name counts
-    SPINNING: {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "300000"}}  # libgomp's defaults
+    SPINNING: spinning_for(300_000)}  # libgomp's default
 TUNING = (  # setting, task, steps, rounds
     (MALLOC, "tiny", 30, 5), (MALLOC, "full", 5, 2),
     (SPINNING, "tiny", 6, 5))  # a step without the setting takes up to 10 s
@@ -295,8 +302,7 @@ def measure_spinning(rounds: int, work: Path) -> dict[bool, dict[int, list[float
         with busy_neighbour(busy):
             for number in range(rounds):
                 for count in SPIN_COUNTS:
-                    environment = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": str(count)}
-                    seconds[busy][count].append(train("tiny", steps, number, environment, work)[0])
+                    seconds[busy][count].append(train("tiny", steps, number, spinning_for(count), work)[0])
     return seconds
 
 

@@ -16,7 +16,6 @@ from dreambooth.planner import auto_memory
 from dreambooth.planner.gpu_specs import find_card
 from dreambooth.planner.time_and_cost import START_UP, budgeted, estimate
 from dreambooth.runs import budget_file
-from dreambooth.runs.budget_file import used_hours
 from dreambooth.runtime.engine import Engine
 from dreambooth.sweeps import launched_jobs
 from dreambooth.utils import atomic_files
@@ -28,7 +27,7 @@ _sweep: dict[Path, tuple[float, float]] = {}  # folder -> hours and US dollars, 
 def count_finished(recipe: Recipe) -> None:
     """Add the hours of a finished run, which the command does not repeat, to those of its sweep."""
     if recipe.budget.limits:
-        _count(recipe, used_hours(recipe.run_dir))
+        _count(recipe, budget_file.used_hours(recipe.run_dir))
 
 
 @contextmanager
@@ -49,7 +48,7 @@ def limit_run(recipe: Recipe, stop: StopRequest, engine: Engine, start: Path | N
         yield
         return
     price = _price(recipe)
-    before = used_hours(recipe.run_dir, start)
+    before = budget_file.used_hours(recipe.run_dir, start)
     _count(recipe, before)
     engine.run_on_main(partial(_check, recipe, start, before, engine.world_size))
     allowed, limit = recipe.budget.hours(price)
@@ -99,7 +98,7 @@ def _used_by_others(recipe: Recipe) -> tuple[float, float]:
     """Return the hours and the US dollars of the other runs of the sweep."""
     for run_dir in launched_jobs.study_jobs.earlier_runs:
         if run_dir not in _sweep:
-            hours = used_hours(run_dir)
+            hours = budget_file.used_hours(run_dir)
             _sweep[run_dir] = hours, hours * (_price(recipe) or 0.0)
     others = [used for run_dir, used in _sweep.items() if run_dir != recipe.run_dir]
     return sum(hours for hours, _ in others), sum(usd for _, usd in others)

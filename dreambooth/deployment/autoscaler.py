@@ -29,13 +29,13 @@ class Autoscaler:
     """
 
     def __init__(self, scaling_client: Any | None = None, alarm_client: Any | None = None) -> None:
-        self._is_own = scaling_client is None
+        self._is_own_client = scaling_client is None
         self._scaling_client = scaling_client or folders.client("application-autoscaling")
         self._own_alarm_client = alarm_client
 
     def renew_login(self) -> None:
         """Create the clients again, because a boto3 client keeps the credentials that it has read once."""
-        if self._is_own:
+        if self._is_own_client:
             self._scaling_client, self._own_alarm_client = folders.client("application-autoscaling"), None
 
     @property

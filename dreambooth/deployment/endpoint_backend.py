@@ -93,13 +93,12 @@ class EndpointBackend:
     """
 
     def __init__(self, client: Any | None = None) -> None:
-        self._own_client = client is None
-        self._client = client or folders.client("sagemaker")
+        self._client, self._is_own_client = client or folders.client("sagemaker"), client is None
         self._known_tags: dict[str, dict[str, str]] = {}  # ARN -> tags that were read
 
     def renew_login(self) -> None:
         """Create the client again, because a boto3 client keeps the credentials that it has read once."""
-        if self._own_client:
+        if self._is_own_client:
             self._client = folders.client("sagemaker")
 
     @property

@@ -32,9 +32,8 @@ def _page(optimizer: Any) -> None:
     """Move the state of a paged optimizer of bitsandbytes into buffers that its own steps would have allocated."""
     for parameter, entries in optimizer.state.items():
         for name, value in entries.items():
-            if isinstance(value, Tensor):
-                buffer = None
-                if name in ("state1", "state2"):  # of the weight's shape; half weights have no elements between steps
-                    like = torch.empty(value.shape, dtype=value.dtype, device=parameter.device)
-                    buffer = optimizer.get_state_buffer(like, dtype=value.dtype)
-                entries[name] = value.to(parameter.device) if buffer is None else buffer.copy_(value)
+            if name in ("state1", "state2"):  # of the weight's shape; half weights have no elements between steps
+                like = torch.empty(value.shape, dtype=value.dtype, device=parameter.device)
+                entries[name] = optimizer.get_state_buffer(like, dtype=value.dtype).copy_(value)
+            elif isinstance(value, Tensor):
+                entries[name] = value.to(parameter.device)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from dreambooth.config.enums import FP8_CAPABILITY, BaseWeights, Dtype, EmaDevice, OptimizerKind, Weights
+from dreambooth.config.hardware import presets
 from dreambooth.config.recipe import Recipe
 from dreambooth.models.block_swap import SLOTS
 from dreambooth.planner.gpu_specs import Card, cuda_overhead_gib, find_card
@@ -20,7 +21,6 @@ from dreambooth.utils.hardware import GIB
 
 CHECKPOINTED_SHARE = 0.12  # share of activations that checkpointing keeps; SD 1.5 at 512 px: 0.26 of 2 GiB per sample
 MIN_SAVED_GIB = 0.05  # options that save less are not listed
-LARGER_CARDS = (("g5", 22.0), ("g6e", 44.0))  # options of hardware with one card, and the GiB of it for a run
 MAX_SAMPLE_BATCH = 32  # images at a time; larger batches are not suggested
 RECOMPUTED_FORWARD = 4 / 3  # operations of a step that computes its forward pass twice, relative to a plain step
 
@@ -57,8 +57,9 @@ def describe_memory_options(recipe: Recipe, prediction: Prediction) -> str:
     options = list(_sampling_options(recipe, prediction)) if step_fits else list_memory_options(recipe, prediction)
     phrases = [f"{option.overrides} (saves about {option.saved_gib:.1f} GiB)" for option in options]
     present = recipe.hardware.usable_vram_gib or 0.0
-    larger = next((f", such as hardware={name}" for name, gib in LARGER_CARDS if gib > present), "")
-    return "; ".join([*auto, *phrases, f"a larger card{larger}"])
+    larger = min(((machine.usable_vram_gib, name) for name, machine in presets().items()
+                  if machine.gpus == 1 and (machine.usable_vram_gib or 0.0) > present), default=None)
+    return "; ".join([*auto, *phrases, f"a larger card, such as hardware={larger[1]}" if larger else "a larger card"])
 
 
 def extrapolate_sample_batch(recipe: Recipe, prediction: Prediction, allowed: float) -> int | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from dreambooth.config.schema import Storage
 from dreambooth.errors import DreamBoothError, UserError
+from dreambooth.runs import budget_file
 from dreambooth.runs.checkpoint_files import is_complete, latest
 from dreambooth.storage import folders, manifest
 from dreambooth.storage.manifest import Entries, hash_folder
@@ -19,7 +20,7 @@ from dreambooth.utils import atomic_files
 from dreambooth.utils.console import Console
 from dreambooth.utils.signals import StopRequest
 
-RESULT_FILES = (".hydra", "model", "samples", "budget.json", "contact_sheet.png", "evaluation.json", "metrics.jsonl",
+RESULT_FILES = (".hydra", "model", "samples", budget_file.FILE, "contact_sheet.png", "evaluation.json", "metrics.jsonl",
                 "result.json", "run.json")
 POLL_SECONDS = 5.0  # seconds between two checks for new checkpoints
 MAX_RETRY_SECONDS = 600.0  # longest pause before a failed copy is retried

@@ -88,8 +88,9 @@ def find_active(tasks: Sequence[Task], root: Path, poll_seconds: float) -> tuple
             if not record.get("cancelled"):
                 return array, path.parent
             print(f"waiting for the cancelled Slurm job {array}, whose runs save their state", flush=True)
-            while ACTIVE.intersection((_states(array) or {}).values()):
+            while states is None or ACTIVE.intersection(states.values()):
                 time.sleep(poll_seconds)
+                states = _states(array)
     return None
 
 

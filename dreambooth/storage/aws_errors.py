@@ -22,6 +22,7 @@ NETWORK = {"EndpointConnectionError", "ConnectionClosedError", "ConnectTimeoutEr
 BUSY = {"InternalError", "InternalFailure", "ServiceUnavailable", "SlowDown", "RequestTimeout", "500", "502", "503",
         "504", "Throttling", "ThrottlingException", "TooManyRequestsException", "RequestLimitExceeded",
         "ConditionalRequestConflict"}
+MISSING = {"404", "NoSuchKey", "NotFound"}
 PRECONDITION_FAILED = {"PreconditionFailed", "412"}
 DAMAGED = {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "InvalidDigest", "XAmzContentChecksumMismatch",
            "FlexibleChecksumError"}
@@ -32,6 +33,11 @@ def _response(error: BaseException) -> dict[str, Any]:
     return getattr(error, "response", None) or {}
 
 
+def _is_server_error(error: BaseException) -> bool:
+    status: int = _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return 500 <= status < 600
+
+
 def error_code(error: BaseException) -> str:
     """Return the error code in the response of AWS, or the name of the exception class if AWS did not respond."""
     return str(_response(error).get("Error", {}).get("Code") or type(error).__name__)
@@ -39,14 +45,12 @@ def error_code(error: BaseException) -> str:
 
 def is_transient(error: BaseException) -> bool:
     """Return whether the failed call may succeed if it is repeated a moment later."""
-    status = _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    return error_code(error) in NETWORK | BUSY | DAMAGED or 500 <= status < 600
+    return error_code(error) in NETWORK | BUSY | DAMAGED or _is_server_error(error)
 
 
 def may_have_been_received(error: BaseException) -> bool:
     """Return whether AWS may have carried out the failed call: its answer was lost, or it failed on the way."""
-    status = _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    return is_network_error(error) or 500 <= status < 600
+    return is_network_error(error) or _is_server_error(error)
 
 
 def is_network_error(error: BaseException) -> bool:
@@ -61,7 +65,7 @@ def needs_login(error: BaseException) -> bool:
 
 def is_missing(error: BaseException) -> bool:
     """Return whether S3 has answered that an object does not exist."""
-    return error_code(error) in ("NoSuchKey", "404", "NotFound")
+    return error_code(error) in MISSING
 
 
 def may_answer_later(error: BaseException | None) -> bool:

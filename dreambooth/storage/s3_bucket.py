@@ -16,7 +16,6 @@ from dreambooth.utils.console import Console
 
 ATTEMPTS = 5  # maximum number of attempts per call
 PAUSE = 0.5  # seconds after the first failure, doubled after each further failure
-NOT_FOUND = {"404", "NoSuchKey", "NotFound"}
 T = TypeVar("T")
 
 
@@ -74,7 +73,7 @@ def _none_if_not_found(call: Callable[[], dict[str, Any]]) -> dict[str, Any] | N
     try:
         return call()
     except Exception as error:
-        if aws_errors.error_code(error) in NOT_FOUND:
+        if aws_errors.is_missing(error):
             return None
         raise
 

@@ -135,6 +135,14 @@ def test_an_expired_login_is_described_as_expired(code: str) -> None:
     assert aws_errors.needs_login(error)
 
 
+@pytest.mark.parametrize("code, status, transient, received", [
+    ("Unheard", 503, True, True), ("Unheard", 400, False, False), ("ThrottlingException", 400, True, False)])
+def test_an_error_of_the_server_is_transient_and_may_come_after_the_work(
+        code: str, status: int, transient: bool, received: bool) -> None:
+    error = ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "CreateTrainingJob")
+    assert (aws_errors.is_transient(error), aws_errors.may_have_been_received(error)) == (transient, received)
+
+
 def test_a_result_that_cannot_be_fetched_now_is_fetched_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """The job is paid for: it fails only if its result does not exist."""
     answers: list[Any] = [ConnectTimeoutError(endpoint_url="x"), {"objective": 0.5}]

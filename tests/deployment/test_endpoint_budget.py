@@ -51,16 +51,21 @@ def test_a_command_that_ends_early_says_that_the_endpoint_goes_on(
     assert service.endpoints
 
 
-def test_a_silent_aws_does_not_end_the_budget(deploy: Run, service: EndpointService, console: Console) -> None:
-    deploy()
+def fail_while_watching(service: EndpointService, error: Callable[[], BaseException], times: int) -> None:
+    """Let the endpoint be described 20 times, and then fail `times` times."""
     calls: list[Any] = []
 
     def fail() -> None:
         calls.append(1)
         if len(calls) == 20:
-            service.fail("DescribeEndpoint", network_failure, times=30)
+            service.fail("DescribeEndpoint", error, times=times)
 
     service.on_describe = fail
+
+
+def test_a_silent_aws_does_not_end_the_budget(deploy: Run, service: EndpointService, console: Console) -> None:
+    deploy()
+    fail_while_watching(service, network_failure, times=30)
     deploy(budget=Budget(None, 1.0))
     assert not service.endpoints
 
@@ -74,14 +79,7 @@ def test_an_expired_login_is_renewed_and_the_budget_is_kept(
     monkeypatch.setattr(Autoscaler, "renew_login", lambda self: renewed.append("autoscaling"))
     monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
     service.fail("DeleteEndpoint", expired_login, times=2)
-    calls: list[Any] = []
-
-    def fail() -> None:
-        calls.append(1)
-        if len(calls) == 20:
-            service.fail("DescribeEndpoint", expired_login, times=3)
-
-    service.on_describe = fail
+    fail_while_watching(service, expired_login, times=3)
     deploy(budget=Budget(None, 1.0))
     assert not service.endpoints
     assert renewed == ["endpoints"] * 3 + ["endpoints", "autoscaling"] * 2

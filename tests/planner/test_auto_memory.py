@@ -19,7 +19,7 @@ from dreambooth.config.recipe import Recipe
 from dreambooth.planner import auto_memory, memory_options, time_and_cost
 from dreambooth.planner.auto_memory import choose_memory_options
 from dreambooth.planner.gpu_specs import find_card
-from dreambooth.planner.memory_options import LARGER_CARDS, describe_memory_options, list_memory_options
+from dreambooth.planner.memory_options import describe_memory_options, list_memory_options
 from dreambooth.planner.prediction import Prediction
 from dreambooth.planner.rehearsal import predict
 from dreambooth.planner.time_and_cost import pictures_of_one_process
@@ -142,7 +142,7 @@ def test_a_larger_card_is_larger(vram: float, larger: str) -> None:
 
 def test_the_larger_cards_are_those_of_their_presets() -> None:
     machines = presets()
-    assert {name: machines[name].usable_vram_gib for name, _ in LARGER_CARDS} == dict(LARGER_CARDS)
+    assert [machines[name].usable_vram_gib for name in ("g5", "g6e")] == [22.0, 44.0]
 
 
 @pytest.mark.parametrize("changed, key, advised", [

@@ -230,7 +230,7 @@ def test_a_repeated_command_follows_the_jobs_that_a_lost_one_has_submitted(
 
 def test_after_ctrl_c_a_repeated_command_waits_until_the_runs_have_saved(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = iter([{0: "RUNNING"}, {0: "COMPLETING"}, {0: "CANCELLED"}])
+    answers = iter([{0: "RUNNING"}, {0: "COMPLETING"}, None, {0: "COMPLETING"}, {0: "CANCELLED"}])
     monkeypatch.setattr(slurm_array, "_states", lambda array: next(answers))
     monkeypatch.setattr(slurm_array.subprocess, "run", lambda *args, **kwargs: None)
     task, folder = slurm_array.Task([], tmp_path / "run"), tmp_path / "slurm-mine/0"
